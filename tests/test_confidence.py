@@ -1,0 +1,78 @@
+"""Average drop and increase in confidence, against values worked out by hand."""
+
+import pytest
+import torch
+
+from hf_ttame.masking import min_max
+from hf_ttame.metrics import average_drop, increase_in_confidence
+from hf_ttame.metrics.confidence import bootstrap_interval, drops, masked_confidence
+
+
+def test_average_drop_and_increase_by_hand() -> None:
+    p = torch.tensor([0.8, 0.5, 0.4, 1.0])
+    p_masked = torch.tensor([0.4, 0.6, 0.4, 0.0])
+    # Drops: half, none (it rose), none (equal), all. Increases: only the second; an equal confidence is no increase.
+    assert drops(p, p_masked).tolist() == [50.0, 0.0, 0.0, 100.0]
+    assert average_drop(p, p_masked) == pytest.approx(37.5)
+    assert increase_in_confidence(p, p_masked) == pytest.approx(25.0)
+
+
+@pytest.mark.parametrize(
+    ("p", "p_masked"),
+    [([0.5], [0.5, 0.5]), ([], []), ([0.0], [0.5]), ([3.0], [0.5]), ([0.5], [-0.1]), ([0.5], [float("nan")])],
+)
+def test_what_is_no_probability_is_refused(p: list[float], p_masked: list[float]) -> None:
+    with pytest.raises(ValueError, match="p "):
+        average_drop(torch.tensor(p), torch.tensor(p_masked))
+
+
+def brightness(pixel_values: torch.Tensor) -> torch.Tensor:
+    """A classifier of two classes whose first probability is the mean pixel, for pixels in [0, 1]."""
+    mean = pixel_values.mean(dim=(1, 2, 3))
+    return torch.stack([mean, 1 - mean], dim=1)
+
+
+def test_masked_confidence_on_a_white_image() -> None:
+    white = torch.ones(1, 3, 4, 5)
+    maps = torch.arange(20.0).reshape(1, 4, 5)
+    found = masked_confidence(brightness, white, torch.tensor([0]), maps, torch.zeros(3))
+    # The map scaled to [0, 1] is k / 19; 10 and 3 of the 20 pixels are kept.
+    assert found["mean"].item() == pytest.approx(0.5)
+    assert found["soft 100"].item() == pytest.approx(0.5)
+    assert found["soft 50"].item() == pytest.approx(sum(range(10, 20)) / 19 / 20)
+    assert found["soft 15"].item() == pytest.approx((17 + 18 + 19) / 19 / 20)
+    assert found["binary 50"].item() == pytest.approx(0.5)
+    assert found["binary 15"].item() == pytest.approx(0.15)
+
+
+def test_an_all_ones_map_keeps_everything_at_100_and_only_the_share_below() -> None:
+    white = torch.ones(1, 3, 4, 5)
+    found = masked_confidence(brightness, white, torch.tensor([0]), torch.ones(1, 2, 2), torch.zeros(3))
+    assert found["soft 100"].item() == pytest.approx(1.0)
+    assert found["soft 50"].item() == found["binary 50"].item() == pytest.approx(0.5)
+    assert found["soft 15"].item() == pytest.approx(0.15)
+
+
+def test_the_black_fill_is_black_in_normalised_space() -> None:
+    pixels = torch.rand(1, 3, 4, 5)
+    scale, shift = 2.0, -1.0
+    maps = torch.rand(1, 4, 5)
+    seen: list[torch.Tensor] = []
+
+    def record(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x)
+        return brightness(x.clamp(0, 1))
+
+    masked_confidence(record, pixels * scale + shift, torch.tensor([0]), maps, torch.full((3,), shift))
+    assert torch.allclose((seen[0] - shift) / scale, pixels * min_max(maps)[:, None], atol=1e-6)
+
+
+def test_bootstrap_interval_covers_the_mean_and_is_repeatable() -> None:
+    values = torch.arange(100.0)
+    low, high = bootstrap_interval(values)
+    assert low < 49.5 < high
+    # The standard error of the mean is 28.9 / 10; 1.96 of them are 5.7.
+    assert high - low == pytest.approx(2 * 5.66, rel=0.1)
+    assert bootstrap_interval(values) == (low, high)
+    with pytest.raises(ValueError, match="at least 1"):
+        bootstrap_interval(torch.empty(0))

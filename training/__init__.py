@@ -1,0 +1,1 @@
+"""Training of T-TAME heads; in the installed package this folder is `hf_ttame.training`."""
