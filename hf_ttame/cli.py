@@ -77,7 +77,8 @@ def explain(
             typer.echo(f"skipped: {error}", err=True)
             continue
         typer.echo(f"{path} ({spent:.0f} ms)")
-        stem = next(name for name in (path.stem, *(f"{path.stem}-{n}" for n in count(2))) if name not in taken)
+        names = (path.stem if n == 1 else f"{path.stem}-{n}" for n in count(1))
+        stem = next(name for name in names if name not in taken)
         taken.add(stem)
         for explanation in explanations:
             target = out / f"{stem}_{explanation.class_id}.png"
