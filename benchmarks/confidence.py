@@ -24,8 +24,9 @@ from tqdm import tqdm
 
 from hf_ttame import TTameModel
 from hf_ttame.demo import load_efficientnet_lite0
-from hf_ttame.features import default_layers, inner_module, probe_layers
+from hf_ttame.features import inner_module, probe_layers
 from hf_ttame.image_processing import preprocess
+from hf_ttame.layer_choice import default_layers
 from hf_ttame.metrics.confidence import bootstrap_interval, drops, increases, masked_confidence
 from training.data import decode, image_column, open_stream
 
@@ -71,8 +72,9 @@ def main() -> None:
     examples = examples[: arguments.limit]
 
     shape = (2, len(model.config.pixel_scale), *model.config.image_size)
-    names = dict.fromkeys([model.layers[-1].name, default_layers(model.backbone)[-1]])
-    cam_layers = probe_layers(model.backbone, list(names), torch.zeros(shape))
+    blank = torch.zeros(shape)
+    names = dict.fromkeys([model.layers[-1].name, default_layers(model.backbone, blank)[-1]])
+    cam_layers = probe_layers(model.backbone, list(names), blank)
     # grad-cam needs parameters that ask for gradients; they are never stepped.
     logits = Logits(model)
     generator = torch.Generator().manual_seed(0)

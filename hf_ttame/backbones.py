@@ -11,6 +11,15 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 
 from .image_processing import processor_from_timm
 
+# Image classifiers of transformers that cannot be explained by a map, by model type.
+_WITHOUT_MAPS = {
+    "imagegpt": "it reads a picture as a row of colour clusters and keeps no feature maps",
+    "perceiver": "its latents have no place in the image",
+    "shieldgemma2": "it is a language model that answers about an image, without a classifier on feature maps",
+    "siglip2": "its input is a row of flattened patches, not an image (B, C, H, W); SigLIP models of a fixed size "
+    "have the type 'siglip' and work",
+}
+
 
 @dataclass(frozen=True)
 class Backbone:
@@ -60,6 +69,7 @@ def load_backbone(
     where = {"revision": revision, "subfolder": subfolder, **hub_kwargs}
     try:
         config = AutoConfig.from_pretrained(name, **where)
+        check_spatial(config)
         if getattr(config, "model_args", None):
             config.model_args.pop("num_classes", None)  # repeated by some timm repositories
         model, info = AutoModelForImageClassification.from_pretrained(
@@ -67,7 +77,9 @@ def load_backbone(
         )
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"the backbone {name!r} cannot be loaded: {error}") from error
-    except ValueError as error:
+    except NoMaps:
+        raise
+    except (ValueError, ImportError) as error:
         raise ValueError(f"{name!r} is not an image classifier that transformers or timm can load: {error}") from error
     if info["missing_keys"]:
         raise ValueError(
@@ -76,7 +88,7 @@ def load_backbone(
         )
     if processor is None:
         if config.model_type == "timm_wrapper":
-            processor = processor_from_timm(config.pretrained_cfg)
+            processor = processor_from_timm(config.pretrained_cfg, input_channels(model))
         else:
             processor = _load_processor(name, where)
     commit = getattr(model.config, "_commit_hash", None)
@@ -101,13 +113,14 @@ def wrap_backbone(module: nn.Module, processor: Any = None) -> Backbone:
         ValueError: no processor is known, or the module has no classifier.
     """
     if isinstance(module, PreTrainedModel):
-        if not type(module).__name__.endswith("ForImageClassification"):
+        check_spatial(module.config)
+        if "ForImageClassification" not in type(module).__name__:
             raise ValueError(
                 f"{type(module).__name__} is not an image classifier; load it with AutoModelForImageClassification"
             )
         cfg = getattr(module.config, "pretrained_cfg", None)
         if processor is None and cfg:
-            processor = processor_from_timm(cfg)
+            processor = processor_from_timm(cfg, input_channels(module))
         if processor is None:
             raise ValueError(
                 f"{type(module).__name__} comes without its preprocessing; pass processor=AutoImageProcessor..."
@@ -118,16 +131,54 @@ def wrap_backbone(module: nn.Module, processor: Any = None) -> Backbone:
             raise ValueError(
                 "the timm model has num_classes=0, so no classifier to explain; create it with its classifier"
             )
-        return Backbone(_wrap_timm(module), processor or processor_from_timm(_input_config(module)))
+        wrapper = _wrap_timm(module)
+        return Backbone(wrapper, processor or processor_from_timm(_input_config(module), input_channels(wrapper)))
     raise TypeError(
         f"a backbone module must be a transformers image classifier or a timm model, got {type(module).__name__}"
     )
 
 
+class NoMaps(ValueError):
+    """The classifier keeps nothing that has a place in the image."""
+
+
+def check_spatial(config: Any) -> None:
+    """Raise NoMaps, with the reason, where a classifier of transformers has no feature maps."""
+    if reason := _WITHOUT_MAPS.get(config.model_type):
+        raise NoMaps(f"a {config.model_type} classifier cannot be explained by a map: {reason}")
+
+
+def outputs_of(config: Any) -> str:
+    """What a classifier's logits mean, by its config: "softmax", "sigmoid" or "single_logit" (see `answers`)."""
+    if config.problem_type == "regression":
+        raise ValueError(
+            "the backbone's problem_type is 'regression': it has no classes to explain; if the sign of its one output "
+            "is a yes or no, pass outputs='single_logit'"
+        )
+    if config.problem_type == "multi_label_classification":
+        return "sigmoid"
+    return "single_logit" if config.num_labels == 1 else "softmax"
+
+
+def labels_of(config: Any, outputs: str) -> dict[str, dict]:
+    """id2label and label2id of the classes that can be explained; a single logit has two: no and yes."""
+    labels = dict(config.id2label or {i: f"LABEL_{i}" for i in range(config.num_labels)})
+    if outputs == "single_logit":
+        if len(labels) != 1:
+            raise ValueError(f"outputs='single_logit' needs a classifier with one logit, this one has {len(labels)}")
+        (yes,) = labels.values()
+        labels = {0: f"not {yes}", 1: yes}
+    return {"id2label": labels, "label2id": {label: class_id for class_id, label in labels.items()}}
+
+
 def check_finite(module: nn.Module) -> None:
-    """Raise ValueError, with the tensor's name, where a weight is NaN or infinite."""
+    """Raise ValueError, with the tensor's name, where a weight is NaN or infinite.
+
+    Other buffers may be infinite: some backbones keep open clipping bounds in them.
+    """
     for name, tensor in module.state_dict().items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        is_weight = name.endswith(("weight", "bias", "running_mean", "running_var"))
+        if is_weight and tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(
                 f"weights must be finite, but {name!r} of {type(module).__name__} holds NaN or infinity; "
                 "the file is damaged or the training diverged"
@@ -143,6 +194,14 @@ def _input_config(module: Any) -> dict[str, Any]:
     return cfg
 
 
+def input_channels(model: PreTrainedModel) -> int:
+    """C of the backbone's input (B, C, H, W)."""
+    config: Any = model.config
+    if cfg := getattr(config, "pretrained_cfg", None):
+        return int((config.model_args or {}).get("in_chans") or cfg["input_size"][0])
+    return int(getattr(getattr(config, "vision_config", config), "num_channels", 3))
+
+
 def _wrap_timm(module: Any) -> PreTrainedModel:
     """The module inside transformers' wrapper, so that it saves and loads like every other backbone."""
     from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
@@ -150,12 +209,18 @@ def _wrap_timm(module: Any) -> PreTrainedModel:
     cfg = _input_config(module)
     architecture = cfg.get("architecture")
     given = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    first = next((child for child in module.modules() if isinstance(child, nn.Conv2d)), None)
+    channels = (
+        {"in_chans": first.in_channels} if first is not None and first.in_channels != cfg["input_size"][0] else {}
+    )
     # A transformer built for another input size needs to be told so, others do not know the argument.
-    for model_args in ({}, {"img_size": list(cfg["input_size"][1:])}):
+    for size in ({}, {"img_size": list(cfg["input_size"][1:])}):
         facts = {"architecture": architecture, "num_classes": module.num_classes, "pretrained_cfg": cfg}
+        model_args = {**channels, **size}
         config = TimmWrapperConfig.from_dict({**facts, **({"model_args": model_args} if model_args else {})})
         try:
-            wrapper = TimmWrapperForImageClassification(config)
+            with torch.device("meta"):  # only its structure is compared
+                wrapper = TimmWrapperForImageClassification(config)
         except TypeError:
             continue
         built = {name: tuple(tensor.shape) for name, tensor in wrapper.timm_model.state_dict().items()}

@@ -102,8 +102,8 @@ def layers(
     import torch
 
     from .backbones import load_backbone
-    from .features import default_layers, find_pooled_classifier, tappable_layers
     from .image_processing import measure_normalisation
+    from .layer_choice import default_layers, find_pooled_classifier, tappable_layers
 
     loaded = load_backbone(name, pretrained=pretrained, revision=revision)
     loaded.model.eval()
@@ -111,7 +111,7 @@ def layers(
     shape = (2, len(normalisation.scale), *normalisation.size)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     try:
-        defaults = default_layers(loaded.model)
+        defaults = default_layers(loaded.model, noise)
     except ValueError:
         defaults = []
     if defaults and (pooled := find_pooled_classifier(loaded.model, noise)):

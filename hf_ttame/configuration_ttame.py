@@ -5,7 +5,10 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-FORMAT_VERSION = 1
+from .answers import OUTPUTS
+
+# 2 added classifier_outputs and layers that are entries of the library's own list; 1 loads as it is.
+FORMAT_VERSION = 2
 LAYOUTS = ("NCHW", "NHWC", "tokens")
 
 
@@ -18,8 +21,8 @@ class TTameConfig(PretrainedConfig):
         backbone_included: the backbone is saved beside the head, in the folder `backbone/`.
         backbone_fingerprint: short hash of the backbone's weights, checked on loading.
         backbone_config: the backbone's own config.
-        feature_layers: per tapped layer, fine to coarse: `name` (module), `channels`, `grid` [h, w] at `image_size`,
-            `layout` (NCHW, NHWC or tokens), `prefix_tokens`, `clone` (a later module overwrites the tapped tensor).
+        feature_layers: per tapped layer, fine to coarse: `name` (see `FeatureLayer`), `channels`, `grid` [h, w] at
+            `image_size`, `layout` (NCHW, NHWC or tokens), `prefix_tokens`, `clone` (a later module overwrites the tapped tensor).
         image_size: [H, W] of the backbone's input in pixels.
         pixel_scale, pixel_shift: per channel, normalised = pixel_scale * pixel + pixel_shift for a pixel in [0, 1].
         processor_backend: "pil" where the processor resizes with Pillow (as timm's does), None for its default;
@@ -28,6 +31,7 @@ class TTameConfig(PretrainedConfig):
         skip_connection, batch_norm, branch_activation, last_layer_relu: see `TTameHead`.
         class_token: "drop" prefix tokens, or "multiply" the patch tokens by the class token (the paper's ablation).
         head_init: how the head started, "random" or "classifier".
+        classifier_outputs: what the backbone's logits mean, "softmax", "sigmoid" or "single_logit" (see `answers`).
         map_scaling: what `explain` scales to [0, 1], the map "logits" or their "sigmoid".
         format_version: version of this layout.
 
@@ -56,6 +60,7 @@ class TTameConfig(PretrainedConfig):
         last_layer_relu: bool = True,
         class_token: str = "drop",
         head_init: str = "random",
+        classifier_outputs: str = "softmax",
         map_scaling: str = "logits",
         format_version: int = FORMAT_VERSION,
         **kwargs: Any,
@@ -77,6 +82,7 @@ class TTameConfig(PretrainedConfig):
         self.last_layer_relu = last_layer_relu
         self.class_token = class_token
         self.head_init = head_init
+        self.classifier_outputs = classifier_outputs
         self.map_scaling = map_scaling
         self.format_version = format_version
         self.check()
@@ -93,6 +99,7 @@ class TTameConfig(PretrainedConfig):
             ("branch_activation", ("relu", "sigmoid")),
             ("class_token", ("drop", "multiply")),
             ("head_init", ("random", "classifier")),
+            ("classifier_outputs", OUTPUTS),
             ("map_scaling", ("logits", "sigmoid")),
             ("processor_backend", (None, "pil", "torchvision")),
         ):

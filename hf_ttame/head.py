@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .features import PooledClassifier
+from .answers import class_logits
+from .layer_choice import PooledClassifier
 
 
 class TTameHead(nn.Module):
@@ -113,17 +114,18 @@ class TTameHead(nn.Module):
         return total + bias.to(total.dtype)
 
 
-def start_as_classifier(head: TTameHead, pooled: PooledClassifier) -> None:
+def start_as_classifier(head: TTameHead, pooled: PooledClassifier, outputs: str = "softmax") -> None:
     """Warm start: the head begins as the class activation map (CAM) of the last layer.
 
     The last layer's branch passes its features through unchanged, its slice of the fusion is the classifier's weight,
     every other slice is zero. The mean of each map is then the class's logit, where the map grid is a multiple of the
-    layer's.
+    layer's. `outputs`: what the classifier's logits mean, see `answers.class_logits`.
     """
     with torch.no_grad():
         silenced = head.convs[-1] if head.bns is None else head.bns[-1]
         for parameter in (*silenced.parameters(), *head.fuser.parameters()):
             parameter.zero_()
-        head.fuser.weight[:, -head.channels[-1] :, 0, 0] = pooled.weight.to(head.fuser.weight)
+        rows = class_logits(pooled.weight.T, outputs).T
+        head.fuser.weight[:, -head.channels[-1] :, 0, 0] = rows.to(head.fuser.weight)
         if pooled.bias is not None:
-            head.fuser.state_dict()["bias"].copy_(pooled.bias)
+            head.fuser.state_dict()["bias"].copy_(class_logits(pooled.bias[None], outputs)[0])

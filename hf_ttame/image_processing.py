@@ -6,7 +6,7 @@ cropping. Processors name the same steps in many ways; a measurement is right fo
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from transformers import BaseImageProcessor, CLIPImageProcessorPil
+from transformers import BaseImageProcessor, CLIPImageProcessor, CLIPImageProcessorPil
 
 ImageInput = Image.Image | str | os.PathLike | np.ndarray
+Picture = Image.Image | np.ndarray  # RGB, or (H, W, C) float32 in 0..255 where the backbone takes other channels
 
 MAX_PIXELS = 100_000_000  # a larger picture is refused before it is decoded
 MAX_ASPECT = 100  # the shorter side is scaled up to the backbone's input: a thin line would fill the memory
@@ -58,6 +59,46 @@ def load_image(source: ImageInput) -> Image.Image:
     raise TypeError(f"an image must be a PIL image, a path or a numpy array, got {type(source).__name__}")
 
 
+def load_picture(source: ImageInput, channels: int) -> Picture:
+    """Open a picture for a backbone of `channels` input channels.
+
+    Args:
+        source: for 3 channels as `load_image`; for 1 the same, and arrays (H, W) or (H, W, 1); for other C arrays
+            (H, W, C) of uint8, uint16, or floats in [0, 1].
+
+    Returns:
+        an RGB picture; for other than 3 channels an array (H, W, C), float32 in 0..255.
+
+    Raises:
+        ValueError, TypeError: as `load_image`.
+    """
+    if channels == 3:
+        return load_image(source)
+    if channels == 1 and not isinstance(source, np.ndarray):
+        array = np.asarray(load_image(source).convert("L"))
+    elif isinstance(source, (str, os.PathLike)):
+        raise ValueError(f"the backbone takes {channels} channels; give an array (H, W, {channels}) instead of a path")
+    else:
+        array = np.asarray(source)
+    array = array[:, :, None] if array.ndim == 2 else array
+    if array.ndim != 3 or array.shape[2] != channels or array.size == 0:
+        raise ValueError(f"the backbone takes arrays (H, W, {channels}), got shape {array.shape}; channels come last")
+    _check_size((array.shape[1], array.shape[0]), "given as an array")
+    return _to_255(array)
+
+
+def shown(picture: Picture) -> Image.Image:
+    """The picture as RGB to look at: of other than three channels the first three, or the first in grey."""
+    if isinstance(picture, Image.Image):
+        return picture
+    visible = picture[:, :, :3] if picture.shape[2] >= 3 else picture[:, :, 0]
+    return Image.fromarray(np.rint(visible).astype(np.uint8)).convert("RGB")
+
+
+def width_height(picture: Picture) -> tuple[int, int]:
+    return picture.size if isinstance(picture, Image.Image) else (picture.shape[1], picture.shape[0])
+
+
 def _check_size(size: tuple[int, int], name: str) -> None:
     width, height = size
     if min(size) < 1 or width * height > MAX_PIXELS:
@@ -76,17 +117,22 @@ def _from_array(array: np.ndarray) -> Image.Image:
             f"an image array must be (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), got {array.shape}; channels come last"
         )
     _check_size((array.shape[1], array.shape[0]), "given as an array")
+    return Image.fromarray(np.rint(_to_255(array)).astype(np.uint8))
+
+
+def _to_255(array: np.ndarray) -> np.ndarray:
+    """Values of any of the accepted types as float32 in 0..255."""
     if np.issubdtype(array.dtype, np.floating):
         if not np.isfinite(array).all() or array.min() < 0 or array.max() > 1:
             raise ValueError("an image array of floats must be finite and in [0, 1]; divide values in 0..255 by 255")
-        array = np.rint(array * 255)
-    elif array.dtype.kind == "u" and array.dtype.itemsize == 2:
-        array = np.rint(array / 257)
-    elif array.dtype == bool:
-        array = array * 255
-    elif array.dtype != np.uint8:
+        return (array * 255).astype(np.float32)
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:
+        return (array / 257).astype(np.float32)
+    if array.dtype == bool:
+        return (array * 255).astype(np.float32)
+    if array.dtype != np.uint8:
         raise ValueError(f"an image array must be uint8, uint16, bool or float, got {array.dtype}")
-    return Image.fromarray(array.astype(np.uint8))
+    return array.astype(np.float32)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -103,8 +149,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def processor_from_timm(pretrained_cfg: Mapping[str, Any]) -> CLIPImageProcessorPil:
-    """timm's evaluation preprocessing as a processor that can be saved.
+def processor_from_timm(pretrained_cfg: Mapping[str, Any], channels: int = 3) -> BaseImageProcessor:
+    """timm's evaluation preprocessing for `channels` input channels, as a processor that can be saved.
 
     Equal to the bit for centre crops, except that half of an odd remainder is rounded down where timm's transform
     rounds it to even: the crop can then lie one pixel earlier.
@@ -121,7 +167,16 @@ def processor_from_timm(pretrained_cfg: Mapping[str, Any]) -> CLIPImageProcessor
             f"timm preprocessing with crop_mode {crop_mode!r} and input {height} x {width} has no equivalent "
             "processor; pass `processor=`, a transformers image processor"
         )
-    return CLIPImageProcessorPil(
+    for name in ("mean", "std"):
+        if len(pretrained_cfg[name]) != channels:
+            raise ValueError(
+                f"the backbone takes {channels} channels, but its pretrained_cfg has a {name} for "
+                f"{len(pretrained_cfg[name])}; make it with pretrained_cfg_overlay=dict(mean=..., std=...), or pass "
+                "`processor=`, a transformers image processor"
+            )
+    # Pillow, as timm uses it, knows no pictures of other than three channels that it could resize.
+    kind = CLIPImageProcessorPil if channels == 3 else CLIPImageProcessor
+    return kind(
         do_resize=True,
         size=size,
         resample=_INTERPOLATION.get(pretrained_cfg.get("interpolation", "bicubic"), 3),
@@ -131,13 +186,24 @@ def processor_from_timm(pretrained_cfg: Mapping[str, Any]) -> CLIPImageProcessor
         do_normalize=True,
         image_mean=list(pretrained_cfg["mean"]),
         image_std=list(pretrained_cfg["std"]),
-        do_convert_rgb=True,
+        do_convert_rgb=channels == 3,
     )
 
 
-def preprocess(processor: BaseImageProcessor, images: list[Image.Image]) -> torch.Tensor:
-    """Pixel values (B, C, H, W) of RGB pictures, one by one, so that pictures of different sizes are welcome."""
-    return torch.cat([processor(images=image, return_tensors="pt")["pixel_values"] for image in images])
+def preprocess(processor: BaseImageProcessor, images: Sequence[Picture]) -> torch.Tensor:
+    """Pixel values (B, C, H, W) of pictures, one by one, so that pictures of different sizes are welcome."""
+    values = []
+    for image in images:
+        known = {} if isinstance(image, Image.Image) else {"input_data_format": "channels_last"}
+        values.append(processor(images=image, return_tensors="pt", **known)["pixel_values"])
+    return torch.cat(values)
+
+
+def _picture(levels: np.ndarray, channels: int) -> Picture:
+    """The same levels (H, W), uint8, in every channel."""
+    if channels == 3:
+        return Image.fromarray(np.ascontiguousarray(levels)).convert("RGB")
+    return np.repeat(levels[:, :, None], channels, axis=2).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -149,25 +215,30 @@ class Normalisation:
     size: tuple[int, int]
 
 
-def measure_normalisation(processor: BaseImageProcessor) -> Normalisation:
+def measure_normalisation(processor: BaseImageProcessor, channels: int = 3) -> Normalisation:
     """What the processor does to black and to white.
 
     Raises:
-        ValueError: it yields no pixel values (B, 3, H, W), or mixes the channels.
+        ValueError: it yields no pixel values (B, channels, H, W), or mixes the channels.
     """
-    flat = [Image.new("RGB", (256, 256), colour) for colour in ("black", "white", (255, 0, 0))]
-    values = preprocess(processor, flat)
-    if values.ndim != 4 or values.shape[1] != 3:
+    name = type(processor).__name__
+    first = np.zeros((256, 256, channels), dtype=np.uint8)
+    first[:, :, 0] = 255
+    flat = [_picture(np.full((256, 256), level, dtype=np.uint8), channels) for level in (0, 255)]
+    flat.append(Image.fromarray(first) if channels == 3 else first.astype(np.float32))
+    try:
+        values = preprocess(processor, flat)
+    except (ValueError, TypeError, RuntimeError, IndexError) as error:
+        raise ValueError(f"{name} cannot prepare pictures of {channels} channels: {error}") from error
+    if values.ndim != 4 or values.shape[1] != channels:
         raise ValueError(
-            f"the processor must yield pixel values (B, 3, H, W), got {tuple(values.shape)} from "
-            f"{type(processor).__name__}; pass a processor of an RGB image classifier"
+            f"the processor must yield pixel values (B, {channels}, H, W), got {tuple(values.shape)} from {name}; "
+            f"pass a processor of an image classifier of {channels} channels"
         )
-    black, white, red = values.double().mean(dim=(-2, -1))
-    moved = (red - black).abs() > 1e-3 * (white - black).abs()
+    black, white, one = values.double().mean(dim=(-2, -1))
+    moved = (one - black).abs() > 1e-3 * (white - black).abs()
     if (white == black).any() or int(moved.sum()) != 1:
-        raise ValueError(
-            f"{type(processor).__name__} does not treat the colour channels one by one; it cannot be used"
-        )
+        raise ValueError(f"{name} does not treat the colour channels one by one; it cannot be used")
     return Normalisation(
         tuple((white - black).tolist()), tuple(black.tolist()), (int(values.shape[-2]), int(values.shape[-1]))
     )
@@ -202,7 +273,7 @@ def measure_placement(
     levels = []
     for down in (y, 1 - y):
         ramp = 255 * (slant * x + (1 - slant) * down) + dither
-        picture = Image.fromarray(np.minimum(ramp, 255).astype(np.uint8)).convert("RGB")
+        picture = _picture(np.minimum(ramp, 255).astype(np.uint8), len(normalisation.scale))
         values = preprocess(processor, [picture])[0, 0].double().numpy()
         levels.append((values - normalisation.shift[0]) / normalisation.scale[0])
     level = 1 / 255
@@ -243,7 +314,7 @@ def _refine(
         middles.append(first + (wide - 1) / 2)
     shape = (size[1], size[0])
     bars = np.broadcast_to(line[None, :] if axis == 0 else line[:, None], shape)
-    picture = Image.fromarray(np.ascontiguousarray(bars)).convert("RGB")
+    picture = _picture(bars, len(normalisation.scale))
     values = preprocess(processor, [picture])[0, 0].double().numpy().mean(axis=axis)
     brightness = (values - normalisation.shift[0]) / normalisation.scale[0]
     index = np.arange(n)

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
+
+from .answers import classification_loss
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ def ttame_loss(
     masks: torch.Tensor,
     weights: LossWeights = LossWeights(),
     counts: torch.Tensor | None = None,
+    outputs: str = "softmax",
 ) -> LossTerms:
     """Loss of one batch: 1.5 cross-entropy + 2 area + 0.01 variation (arXiv 2403.04523, eq. of the training loss).
 
@@ -64,6 +66,7 @@ def ttame_loss(
         masks: (B, N, h, w) in [0, 1]: for every image the masks of all N distinct classes of the batch.
         weights: weights and constants.
         counts: (N,), how often each class occurs in the batch; None: once each.
+        outputs: what the logits mean, see `classification_loss`.
 
     Returns:
         The weighted total and the three unweighted terms.
@@ -74,7 +77,7 @@ def ttame_loss(
     counts = masks.new_ones(masks.shape[1]) if counts is None else counts.to(masks)
     if counts.shape != masks.shape[1:2]:
         raise ValueError(f"counts must be (N,) with N = {masks.shape[1]} class maps, got {tuple(counts.shape)}")
-    cross_entropy = F.cross_entropy(masked_logits, targets)
+    cross_entropy = classification_loss(masked_logits, targets, outputs)
     area = area_term(masks, counts, weights)
     variation = variation_term(masks, counts, weights)
     scale = 1.0 if weights.reference_classes is None else weights.reference_classes / counts.sum()

@@ -18,29 +18,30 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .backbones import Backbone, check_finite, load_backbone, wrap_backbone
+from .answers import answered, class_logits, probabilities
+from .backbones import Backbone, check_finite, input_channels, labels_of, load_backbone, outputs_of, wrap_backbone
 from .configuration_ttame import TTameConfig
 from .explanation import Explanation
 from .features import (
     FeatureLayer,
     check_names,
     classify,
-    default_layers,
     extract,
-    find_pooled_classifier,
-    probe_layers,
 )
 from .head import TTameHead, start_as_classifier
 from .image_processing import (
     ImageInput,
     Normalisation,
     Placement,
-    load_image,
+    load_picture,
     measure_normalisation,
     measure_placement,
     place_maps,
     preprocess,
+    shown,
+    width_height,
 )
+from .layer_choice import choose_layers, find_pooled_classifier
 from .masking import min_max
 from .saving import fingerprint, move_into, portable_config
 
@@ -123,6 +124,7 @@ class TTameModel(PreTrainedModel):
         branch_activation: str = "relu",
         class_token: str = "drop",
         map_scaling: str = "sigmoid",
+        outputs: str | None = None,
         **hub_kwargs: Any,
     ) -> "TTameModel":
         """A new explainer for a classifier, its head untrained.
@@ -140,6 +142,9 @@ class TTameModel(PreTrainedModel):
             pretrained: load weights.
             skip_connection, batch_norm, branch_activation, class_token: the paper's ablations, see `TTameConfig`.
             map_scaling: what `explain` scales to [0, 1], "sigmoid" or "logits".
+            outputs: what the logits mean: "softmax" one class of many, "sigmoid" each class by itself (multi-label),
+                "single_logit" yes or no by the sign of the only one. None: as the backbone's config says
+                (`problem_type`, `num_labels`); timm models record nothing, so say it for a multi-label one.
             **hub_kwargs: token, cache_dir, local_files_only.
 
         Raises:
@@ -156,12 +161,14 @@ class TTameModel(PreTrainedModel):
             )
         classifier = loaded.model
         check_finite(classifier)
-        normalisation = measure_normalisation(loaded.processor)
+        outputs = outputs or outputs_of(classifier.config)
+        normalisation = measure_normalisation(loaded.processor, input_channels(classifier))
         reference = next(classifier.parameters())
         noise = torch.randn(
             2, len(normalisation.scale), *normalisation.size, generator=torch.Generator().manual_seed(0)
         )
         noise = noise.to(reference)
+        classifier.eval()
 
         pooled = None
         if head_init == "classifier" or (head_init == "auto" and feature_layers is None):
@@ -172,18 +179,7 @@ class TTameModel(PreTrainedModel):
                 f"of a feature map; {type(classifier).__name__} with skip_connection={skip_connection} has none; "
                 "use head_init='random'"
             )
-        names = list(feature_layers) if feature_layers is not None else default_layers(classifier)
-        if pooled is not None and pooled.layer not in names:
-            if feature_layers is not None:
-                raise ValueError(
-                    f"head_init='classifier' needs {pooled.layer!r}, the map that the classifier averages, as the "
-                    f"last feature layer, got {names}"
-                )
-            names[-1] = pooled.layer
-        check_names(classifier, names)
-        layers = probe_layers(classifier, names, noise)
-        if pooled is not None and pooled.layer != names[-1]:
-            raise ValueError(f"{pooled.layer!r}, the map that the classifier averages, must be the last of {names}")
+        layers = choose_layers(classifier, noise, feature_layers, pooled)
         grid = (max(layer.grid[0] for layer in layers), max(layer.grid[1] for layer in layers))
         config = TTameConfig(
             backbone=loaded.hub_id,
@@ -202,13 +198,13 @@ class TTameModel(PreTrainedModel):
             last_layer_relu=pooled is None or pooled.non_negative,
             class_token=class_token,
             head_init="random" if pooled is None else "classifier",
+            classifier_outputs=outputs,
             map_scaling=map_scaling,
-            id2label=classifier.config.id2label,
-            label2id=classifier.config.label2id,
+            **labels_of(classifier.config, outputs),  # type: ignore[arg-type]
         )
         model = cls(config)
         if pooled is not None:
-            start_as_classifier(model.head, pooled)
+            start_as_classifier(model.head, pooled, outputs)
         model._attach(classifier, loaded.processor)
         return model.to(reference.device).eval()
 
@@ -255,12 +251,13 @@ class TTameModel(PreTrainedModel):
             logits, features = extract(
                 backbone, pixel_values.to(next(backbone.parameters()).dtype), self.layers, self.config.class_token
             )
-        return logits, [maps.to(weight.dtype) for maps in features]
+        return class_logits(logits, self.config.classifier_outputs), [maps.to(weight.dtype) for maps in features]
 
     def classify(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Logits (B, K) of the frozen backbone alone; gradients flow to `pixel_values` where they are asked for."""
         backbone = self._backbone()
-        return classify(backbone, pixel_values.to(next(backbone.parameters()).dtype))
+        logits = classify(backbone, pixel_values.to(next(backbone.parameters()).dtype))
+        return class_logits(logits, self.config.classifier_outputs)
 
     def fill(self, colour: str = "black") -> torch.Tensor:
         """What removed pixels become, per channel (C,), in normalised space: "black", or "mean" (0)."""
@@ -285,7 +282,8 @@ class TTameModel(PreTrainedModel):
 
         Args:
             images: one or many PIL images, paths or arrays (H, W[, C]).
-            class_ids: class ids or label names, the same for every picture; None: the predicted class.
+            class_ids: class ids or label names, the same for every picture; None: the predicted class, of a
+                multi-label classifier every class with a probability over 0.5 (the highest if there is none).
             top_k: instead of class_ids, the k classes with the highest scores.
             batch_size: pictures per pass.
 
@@ -318,20 +316,23 @@ class TTameModel(PreTrainedModel):
     def _explain_batch(
         self, images: Sequence[ImageInput], start: int, wanted: torch.Tensor | None, top_k: int | None
     ) -> Iterator[Explanation]:
-        pictures = [load_image(image) for image in images]
+        outputs = self.config.classifier_outputs
+        pictures = [load_picture(image, len(self.config.pixel_scale)) for image in images]
         pixel_values = preprocess(self.image_processor, pictures).to(self.device)
         logits, features = self.features(pixel_values)
-        scores = logits.float().softmax(dim=1)
-        if wanted is None:
-            ids = scores.topk(top_k or 1, dim=1).indices
-        else:
+        scores = probabilities(logits, outputs)
+        if wanted is not None:
+            counts = [wanted.numel()] * len(pictures)
             ids = wanted.to(logits.device).expand(len(pictures), -1)
+        else:
+            # The classes of the answer have the highest scores, so that the first of the sorted ones are just those.
+            counts = [top_k] * len(pictures) if top_k else answered(logits, outputs).sum(dim=1).tolist()
+            ids = logits.topk(max(counts), dim=1).indices
         maps = self.scale_maps(self.head(features, ids)).cpu()
-        for row, picture in enumerate(pictures):
-            placed, seen = place_maps(
-                maps[row], self._placement(picture.size), tuple(self.config.image_size), *picture.size
-            )
-            for column, class_id in enumerate(ids[row].tolist()):
+        for row, (picture, count) in enumerate(zip(pictures, counts, strict=True)):
+            size = width_height(picture)
+            placed, seen = place_maps(maps[row, :count], self._placement(size), tuple(self.config.image_size), *size)
+            for column, class_id in enumerate(ids[row, :count].tolist()):
                 yield Explanation(
                     map=placed[column].numpy(),
                     seen=seen.numpy(),
@@ -339,7 +340,7 @@ class TTameModel(PreTrainedModel):
                     class_id=class_id,
                     label=self.config.id2label[class_id],
                     score=float(scores[row, class_id]),
-                    image=picture,
+                    image=shown(picture),
                 )
 
     def _placement(self, size: tuple[int, int]) -> Placement:
@@ -527,7 +528,7 @@ class TTameModel(PreTrainedModel):
 
     def _check_backbone(self, found: Backbone, strict: bool) -> None:
         check_finite(found.model)
-        classes = found.model.config.num_labels
+        classes = len(labels_of(found.model.config, self.config.classifier_outputs)["id2label"])
         if classes != self.config.num_labels:
             raise ValueError(
                 f"the head explains {self.config.num_labels} classes, this backbone has {classes}; "

@@ -151,3 +151,25 @@ def photo() -> Callable[..., Image.Image]:
         return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
     return make
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shard", default="0/1", help="of the sweep: this part / number of parts")
+    parser.addoption("--report", default=None, help="of the sweep: file to which a line per architecture is added")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """`sweep` and `slow` run only when asked for by -m; the sweep in shards."""
+    chosen = config.getoption("-m")
+    part, parts = map(int, config.getoption("--shard").split("/"))
+    kept: list[pytest.Item] = []
+    sweep = 0
+    for item in items:
+        wanted = all(marker in chosen for marker in ("sweep", "slow") if item.get_closest_marker(marker))
+        if item.get_closest_marker("sweep"):
+            wanted = wanted and sweep % parts == part
+            sweep += 1
+        if wanted:
+            kept.append(item)
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    items[:] = kept

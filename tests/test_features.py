@@ -12,16 +12,8 @@ from transformers import (
 )
 
 from hf_ttame.backbones import wrap_backbone
-from hf_ttame.features import (
-    FeatureLayer,
-    capture,
-    check_names,
-    classify,
-    default_layers,
-    extract,
-    find_pooled_classifier,
-    probe_layers,
-)
+from hf_ttame.features import FeatureLayer, capture, check_names, classify, extract, probe_layers
+from hf_ttame.layer_choice import default_layers, find_pooled_classifier
 
 SMALL = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2, "num_labels": 5}
 
@@ -41,6 +33,7 @@ class Toy(nn.Module):
         self.twice = nn.Identity()
         self.windows = nn.Identity()
         self.flat_tokens = nn.Identity()
+        self.odd_tokens = nn.Identity()
         self.tuple_out = Pair()
         self.fc = nn.Linear(channels, 5)
 
@@ -50,6 +43,7 @@ class Toy(nn.Module):
         self.twice(maps), self.twice(maps)
         self.windows(maps.repeat(4, 1, 1, 1))
         self.flat_tokens(maps.flatten(2).transpose(1, 2))
+        self.odd_tokens(maps.flatten(2).transpose(1, 2)[:, 3:])
         self.tuple_out(maps)
         return self.fc(self.pooled(maps.mean(dim=(2, 3))))
 
@@ -132,30 +126,35 @@ def test_probing_leaves_no_hooks(toy):
 )
 def test_default_layers_are_the_papers(name, expected):
     with torch.device("meta"):
-        assert default_layers(timm.create_model(name)) == expected
+        assert default_layers(timm.create_model(name), noise(2, 224, 224).to("meta")) == expected
 
 
 def test_default_layers_of_transformers_models(hf_vit, dinov2, registers, deit, hf_resnet):
     blocks = [f"vit.layers.{i}.layernorm_before" for i in (1, 2, 3)]
-    found = default_layers(hf_vit)
+    found = default_layers(hf_vit, noise())
     assert [name.split(".", 1)[1].split(".")[-2:] for name in found] == [name.split(".")[-2:] for name in blocks]
-    assert default_layers(dinov2) == [f"dinov2.encoder.layer.{i}.norm1" for i in (1, 2, 3)]
-    assert [name.split(".")[-2:] for name in default_layers(registers)] == [[i, "norm1"] for i in "123"]
-    assert [name.split(".")[-2:] for name in default_layers(deit)] == [[i, "layernorm_before"] for i in "123"]
-    assert default_layers(hf_resnet) == [f"resnet.encoder.stages.{i}" for i in (1, 2, 3)]
+    assert default_layers(dinov2, noise(2, 56, 56)) == [f"dinov2.encoder.layer.{i}.norm1" for i in (1, 2, 3)]
+    assert [name.split(".")[-2:] for name in default_layers(registers, noise(2, 56, 56))] == [
+        [i, "norm1"] for i in "123"
+    ]
+    assert [name.split(".")[-2:] for name in default_layers(deit, noise())] == [[i, "layernorm_before"] for i in "123"]
+    assert default_layers(hf_resnet, noise()) == [f"resnet.encoder.stages.{i}" for i in (1, 2, 3)]
 
 
 def test_default_layers_look_inside_the_wrapper(timm_cnn, timm_vit):
-    assert default_layers(wrap_backbone(timm_cnn).model) == ["layer2", "layer3", "layer4"]
-    assert default_layers(timm_vit) == [f"blocks.{len(timm_vit.blocks) - i}.norm1" for i in (3, 2, 1)]
+    assert default_layers(wrap_backbone(timm_cnn).model, noise()) == ["layer2", "layer3", "layer4"]
+    assert default_layers(timm_vit, noise()) == [f"blocks.{len(timm_vit.blocks) - i}.norm1" for i in (3, 2, 1)]
 
 
 def test_no_default_layers(toy):
     with pytest.raises(ValueError, match="no default layers are known for Toy; pass feature_layers="):
-        default_layers(toy)
+        default_layers(toy, noise())
+
+
+def test_default_layers_of_a_library_s_own_intermediates():
     config = SwinConfig(embed_dim=12, depths=[1, 1, 1], num_heads=[1, 1, 2], window_size=2, image_size=32)
-    with pytest.raises(ValueError, match="no default layers are known for SwinForImageClassification"):
-        default_layers(SwinForImageClassification(config))
+    swin = SwinForImageClassification(config).eval()
+    assert default_layers(swin, noise(2, 32, 32)) == [f"reshaped_hidden_states[{i}]" for i in (0, 1, 3)]
 
 
 # ---- probing ------------------------------------------------------------------------------------------------------
@@ -196,14 +195,14 @@ def test_as_many_channels_as_rows_follow_the_model(output_fmt, name):
 def test_facts_of_tokens(hf_vit, dinov2, registers, deit):
     for backbone, prefix in ((hf_vit, 1), (dinov2, 1), (registers, 4), (deit, 2)):
         side = backbone.config.image_size
-        layers = probe_layers(backbone, default_layers(backbone), noise(2, side, side))
+        layers = probe_layers(backbone, default_layers(backbone, noise(2, side, side)), noise(2, side, side))
         assert {(x.channels, x.grid, x.layout, x.prefix_tokens, x.clone) for x in layers} == {
             (24, (4, 4), "tokens", prefix, False)
         }
 
 
 def test_prefix_tokens_are_dropped_and_patches_laid_out_by_row(registers):
-    (layer,) = probe_layers(registers, default_layers(registers)[-1:], noise(2, 56, 56))
+    (layer,) = probe_layers(registers, default_layers(registers, noise(2, 56, 56))[-1:], noise(2, 56, 56))
     with capture(registers, {layer.name: False}) as found:
         registers(noise(2, 56, 56))
     tokens = found[layer.name][0]
@@ -242,7 +241,7 @@ def test_unknown_names(timm_cnn):
         ("pooled", "tap a layer before the pooling"),
         ("twice", "must run once per pass"),
         ("windows", "keep the batch"),
-        ("flat_tokens", "do not fit a patch grid"),
+        ("odd_tokens", "253 tokens, which fit no grid"),
     ],
 )
 def test_layers_without_spatial_output(toy, name, message):
@@ -274,9 +273,9 @@ def test_overwritten_output_is_cloned(toy):
 @pytest.mark.parametrize("which", ["timm_cnn", "timm_vit", "hf_vit", "dinov2", "nhwc", "vgg"])
 def test_a_changed_corner_changes_the_features_there(which, corner, request):
     backbone = Toy().eval() if which == "nhwc" else request.getfixturevalue(which)
-    name = "nhwc" if which == "nhwc" else default_layers(backbone)[0]
     side = 56 if which == "dinov2" else 64
     image = noise(1, side, side)
+    name = "nhwc" if which == "nhwc" else default_layers(backbone, image)[0]
     changed = image.clone()
     quarter = side // 4
     y, x = (c * (side - quarter) for c in corner)
@@ -291,7 +290,7 @@ def test_a_changed_corner_changes_the_features_there(which, corner, request):
 
 def test_extract_gives_the_classifiers_logits(hf_vit, timm_cnn):
     for backbone in (hf_vit, timm_cnn):
-        layers = probe_layers(backbone, default_layers(backbone), noise())
+        layers = probe_layers(backbone, default_layers(backbone, noise()), noise())
         assert torch.equal(extract(backbone, noise(), layers)[0], classify(backbone, noise()))
 
 

@@ -1,5 +1,6 @@
 import copy
 import functools
+import json
 import operator
 import shutil
 from pathlib import Path
@@ -20,8 +21,8 @@ from transformers import (
 )
 
 from hf_ttame import Explanation, TTameConfig, TTameModel, TTameOutput, modeling_ttame
-from hf_ttame.features import PooledClassifier
 from hf_ttame.image_processing import Normalisation, measure_placement, place_maps, preprocess
+from hf_ttame.layer_choice import PooledClassifier
 from hf_ttame.modeling_ttame import fingerprint, start_as_classifier
 
 
@@ -254,7 +255,7 @@ def test_where_no_warm_start_exists(vit_folder):
 def test_warm_start_needs_its_layer_last():
     with pytest.raises(ValueError, match="needs 'layer4'"):
         TTameModel.from_backbone(make_timm("test_resnet"), feature_layers=["layer2"], head_init="classifier")
-    with pytest.raises(ValueError, match=r"'layer4'.*must be the last"):
+    with pytest.raises(ValueError, match="needs 'layer4'.* as the last feature layer"):
         TTameModel.from_backbone(make_timm("test_resnet"), feature_layers=["layer4", "layer2"], head_init="classifier")
     one = TTameModel.from_backbone(make_timm("test_resnet"), feature_layers=["layer4"], head_init="classifier")
     assert one.config.map_size == [2, 2]
@@ -754,3 +755,14 @@ def test_one_pixel_and_grey_pictures(vit, cnn):
         assert grey.map.shape == (20, 30)
         assert np.isfinite(one.map).all()
         assert np.isfinite(grey.map).all()
+
+
+def test_an_explainer_of_format_1_still_loads():
+    folder = Path(__file__).parent / "data" / "format_1"  # written by version 0.1.0, with its outputs
+    expected = load_file(folder / "expected.safetensors")
+    model = TTameModel.from_pretrained(folder, strict=True)
+    assert json.loads((folder / "config.json").read_text())["format_version"] == 1
+    with torch.no_grad():
+        output = model(expected["pixel_values"], class_ids="all")
+    torch.testing.assert_close(output.logits, expected["logits"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(output.map_logits, expected["map_logits"], rtol=1e-5, atol=1e-6)

@@ -1,0 +1,145 @@
+"""What every supported architecture must pass, for the tests and for the sweep over timm and transformers."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from hf_ttame import TTameModel
+from hf_ttame.losses import ttame_loss
+from hf_ttame.masking import apply_mask, resize_maps
+from hf_ttame.saving import fingerprint
+
+# Rows and columns of a 7 x 7 lattice over the image, chosen so that a transposed, mirrored or scrambled grid fails.
+SPOTS = ((0, 3), (2, 6), (5, 1), (6, 4), (3, 0), (1, 1))
+
+
+@torch.no_grad()
+def settle(module: nn.Module, size: tuple[int, int, int]) -> nn.Module:
+    """Give random weights a working network's scale: batch norms see noise once, and LeViT's attention looks nearby.
+
+    Without it signals die out or blow up through a deep network, and a grid that shrinks by attention alone mixes the
+    whole image evenly: there would be no place left to check.
+    """
+    for name, parameter in module.named_parameters():
+        if name.endswith("attention_biases"):
+            parameter[:, 0] = 30.0
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    module.eval()
+    for norm in norms:
+        norm.momentum = 1.0
+        norm.train()
+    if norms:
+        module(torch.randn(4, *size, generator=torch.Generator().manual_seed(3)))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return module.eval()
+
+
+@torch.no_grad()
+def misplaced(model: TTameModel, backgrounds: int = 3) -> list[str]:
+    """Paint a spot: the tapped features must change most at that place, to within one cell.
+
+    A cell counts relative to how much it changes on average, since borders and mixing over the whole image make some
+    cells restless. Random weights are noisy: up to three backgrounds are averaged, and two spots of six may miss.
+
+    Returns:
+        one line per spot and layer that is wrong; empty where every layer passes.
+    """
+    height, width = model.config.image_size
+    channels = len(model.config.pixel_scale)
+    totals: list[torch.Tensor] = []
+    wrong: dict[str, list[str]] = {}
+    for seed in range(backgrounds):
+        generator = torch.Generator().manual_seed(seed)
+        images = torch.randn(1, channels, height, width, generator=generator).repeat(len(SPOTS) + 1, 1, 1, 1)
+        for image, (row, column) in zip(images[1:], SPOTS, strict=True):
+            y, x = (
+                slice(row * height // 7, (row + 1) * height // 7),
+                slice(column * width // 7, (column + 1) * width // 7),
+            )
+            image[:, y, x] = 3 * torch.randn(image[:, y, x].shape, generator=generator)
+        _, features = model.features(images)
+        changes = [(maps[1:] - maps[:1]).float().abs().mean(dim=1) for maps in features]  # (spots, h, w)
+        totals = changes if not totals else [a + b for a, b in zip(totals, changes, strict=True)]
+        wrong = {}
+        for layer, change in zip(model.layers, totals, strict=True):
+            h, w = change.shape[-2:]
+            relative = change / (change.mean(dim=0) + change.mean())
+            for spot, (row, column) in zip(relative, SPOTS, strict=True):
+                peak = int(spot.argmax())
+                y, x = (peak // w + 0.5) / h, (peak % w + 0.5) / w
+                if abs(y - (row + 0.5) / 7) > 0.5 / 7 + 1 / h or abs(x - (column + 0.5) / 7) > 0.5 / 7 + 1 / w:
+                    place = f"({7 * y - 0.5:.1f}, {7 * x - 0.5:.1f})"
+                    wrong.setdefault(layer.name, []).append(
+                        f"{layer.name}: spot ({row}, {column}) of 7 x 7 shows at {place}"
+                    )
+        if not wrong:
+            break
+    return [line for lines in wrong.values() if len(lines) > 2 for line in lines]
+
+
+def training_losses(model: TTameModel, steps: int = 6) -> list[float]:
+    """Train the head on one batch; its gradients must be finite and not zero, the backbone untouched."""
+    before = fingerprint(model.backbone)
+    model.train()
+    generator = torch.Generator().manual_seed(1)
+    height, width = model.config.image_size
+    images = torch.randn(2, len(model.config.pixel_scale), height, width, generator=generator)
+    optimizer = torch.optim.AdamW(model.head.parameters(), lr=2e-3)
+    losses = []
+    for _ in range(steps):
+        with torch.no_grad():
+            logits, features = model.features(images)
+        targets = logits.argmax(dim=1)
+        classes, position, counts = targets.unique(return_inverse=True, return_counts=True)
+        masks = model.head(features, classes).sigmoid()
+        own = masks[torch.arange(len(images)), position]
+        masked_logits = model.classify(apply_mask(images, resize_maps(own, (height, width)), model.fill()))
+        loss = ttame_loss(masked_logits, targets, masks, counts=counts).total
+        optimizer.zero_grad()
+        loss.backward()
+        gradients = [p.grad for p in model.head.parameters() if p.grad is not None]
+        assert all(g.isfinite().all() for g in gradients)
+        assert any(g.abs().max() > 0 for g in gradients)
+        optimizer.step()
+        losses.append(loss.item())
+    model.eval()
+    assert all(p.grad is None for p in model.backbone.parameters())
+    assert fingerprint(model.backbone) == before
+    return losses
+
+
+def picture(seed: int = 0) -> Image.Image:
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((90, 70), Image.Resampling.BICUBIC)
+
+
+def check_attached(model: TTameModel) -> None:
+    """Three layers or fewer, the placement check, and an explanation."""
+    assert 1 <= len(model.layers) <= 3
+    grids = [layer.grid for layer in model.layers]
+    assert grids == sorted(grids, reverse=True), grids
+    assert not (wrong := misplaced(model)), wrong
+    (explanation,) = model.explain(picture())
+    assert explanation.map.shape == (70, 90)
+    assert np.isfinite(explanation.map).all()
+    assert explanation.map.max() <= 1
+
+
+def check_trains_and_reloads(model: TTameModel, folder: Path) -> None:
+    """A falling loss, an untouched backbone, and a reload from a head-only folder that is equal to the bit."""
+    losses = training_losses(model)
+    assert losses[-1] < losses[0], losses
+    model.save_pretrained(folder, include_backbone=False)
+    assert not (folder / "backbone").exists()
+    again = TTameModel.from_pretrained(folder, backbone=model.backbone)
+    size = (2, len(model.config.pixel_scale), *model.config.image_size)
+    images = torch.randn(size, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        one, two = model(images, class_ids="all"), again(images, class_ids="all")
+    assert torch.equal(one.logits, two.logits)
+    assert torch.equal(one.map_logits, two.map_logits)

@@ -1,0 +1,198 @@
+"""Every architecture, without configuration. `pytest -m sweep --shard 0/2 --report sweep.jsonl` tries them all."""
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from architectures import (
+    FULL_PARAMETERS,
+    excluded,
+    make_timm,
+    make_transformers,
+    modules,
+    parameters,
+    plain_processor,
+    processor_of,
+    transformers_classes,
+)
+from backbone_checks import check_attached, check_trains_and_reloads, misplaced, settle
+from torch import nn
+
+from hf_ttame import TTameHead, TTameModel
+from hf_ttame.backbones import wrap_backbone
+from hf_ttame.features import FeatureLayer, extract
+from hf_ttame.layer_choice import default_layers, probe_layers
+
+# One architecture per layout, small enough for every run.
+TIMM_SAMPLE = [
+    "test_vit", "test_vit3", "test_resnet", "test_efficientnet_ln", "test_byobnet", "test_convnext2", "test_nfnet",
+    "test_mambaout", "hiera_tiny_224", "levit_128s", "swin_tiny_patch4_window7_224", "xcit_nano_12_p16_224",
+    "pit_ti_distilled_224", "mobilevit_xxs",
+]  # fmt: skip
+TRANSFORMERS_SAMPLE: dict[str, dict[str, Any]] = {
+    "SwinForImageClassification": {"embed_dim": 24, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2]},
+    "HieraForImageClassification": {"embed_dim": 24, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 4, 8]},
+    "LevitForImageClassification": {"hidden_sizes": [32, 48, 64], "depths": [1, 1, 1]},
+    "PvtForImageClassification": {"depths": [1, 1, 1, 1]},
+    "FocalNetForImageClassification": {"embed_dim": 24, "depths": [1, 1, 1, 1]},
+    "SegformerForImageClassification": {"depths": [1, 1, 1, 1]},
+    "SiglipForImageClassification": {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 2},
+    "DeiTForImageClassificationWithTeacher": {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 2},
+}
+REFUSED = {
+    "ImageGPTForImageClassification": {"n_embd": 16, "n_head": 2},
+    "PerceiverForImageClassificationLearned": {"d_latents": 16, "num_latents": 4},
+    "Siglip2ForImageClassification": {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2},
+}
+
+
+def record(request: pytest.FixtureRequest, **facts: Any) -> None:
+    """One line of the sweep's report."""
+    if path := request.config.getoption("--report"):
+        with open(path, "a") as file:
+            file.write(json.dumps(facts) + "\n")
+
+
+def facts_of(layers: list[FeatureLayer]) -> list[dict[str, Any]]:
+    return [{"name": x.name, "grid": x.grid, "layout": x.layout, "prefix_tokens": x.prefix_tokens} for x in layers]
+
+
+def try_full(backbone: nn.Module, processor: Any, size: tuple[int, int, int], train: bool) -> TTameModel:
+    settle(backbone, size)
+    model = TTameModel.from_backbone(backbone, processor=processor)
+    check_attached(model)
+    if train:
+        with tempfile.TemporaryDirectory() as folder:
+            check_trains_and_reloads(model, Path(folder, "explainer"))
+    return model
+
+
+@torch.no_grad()
+def try_on_meta(name: str) -> list[FeatureLayer]:
+    """Layers, layouts and map logits by shapes alone, where the weights would be too large."""
+    wrapper = wrap_backbone(make_timm(name, meta=True), plain_processor(224)).model.eval()
+    noise = torch.zeros(2, *wrapper.config.pretrained_cfg["input_size"], device="meta")
+    layers = probe_layers(wrapper, default_layers(wrapper, noise), noise)
+    assert len(layers) == 3
+    logits, features = extract(wrapper, noise, layers)
+    assert [tuple(maps.shape) for maps in features] == [(2, x.channels, *x.grid) for x in layers]
+    head = TTameHead([x.channels for x in layers], 7, layers[0].grid).to("meta").eval()
+    assert head(features, logits.argmax(dim=1, keepdim=True)).shape == (2, 1, *layers[0].grid)
+    return layers
+
+
+@pytest.mark.parametrize("name", TIMM_SAMPLE)
+def test_timm(name):
+    module = make_timm(name)
+    try_full(module, processor_of(name, module), module.pretrained_cfg["input_size"], train=True)
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS_SAMPLE)
+def test_transformers(name):
+    module, processor = make_transformers(name, **TRANSFORMERS_SAMPLE[name])
+    side = processor.size["height"]
+    try_full(module, processor, (3, side, side), train=True)
+
+
+def every_timm_name() -> Iterator[str]:
+    return (name for names in modules().values() for name in names)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", sorted(every_timm_name()))
+def test_every_timm_name(name, request):
+    module_name = next(key for key, names in modules().items() if name in names)
+    facts: dict[str, Any] = {"library": "timm", "family": module_name, "name": name}
+    if reason := excluded(name):
+        record(request, **facts, result="excluded", reason=reason)
+        pytest.skip(reason)
+    began = time.perf_counter()
+    try:
+        count = parameters(name)
+        smallest = name == min(modules()[module_name], key=parameters)
+        if smallest or count <= FULL_PARAMETERS:
+            module = make_timm(name)
+            size = module.pretrained_cfg["input_size"]
+            model = try_full(module, processor_of(name, module), size, train=smallest)
+            layers, path = model.layers, "trained" if smallest else "explained"
+            facts |= {"head_init": model.config.head_init, "input": list(size)}
+        else:
+            layers, path = try_on_meta(name), "meta"
+    except Exception as error:
+        record(request, **facts, result="failed", reason=f"{type(error).__name__}: {error}"[:300])
+        raise
+    seconds = round(time.perf_counter() - began, 1)
+    record(request, **facts, result="passed", path=path, parameters=count, layers=facts_of(layers), seconds=seconds)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", transformers_classes())
+def test_every_transformers_class(name, request):
+    facts: dict[str, Any] = {"library": "transformers", "name": name}
+    try:
+        module, processor = make_transformers(name)
+        facts["family"] = module.config.model_type
+    except ImportError as error:
+        record(request, **facts, result="excluded", reason=str(error).strip().splitlines()[0])
+        pytest.skip("a package that it needs is not installed")
+    except (AttributeError, ValueError, TypeError) as error:
+        record(request, **facts, result="failed", reason=f"{type(error).__name__}: {error}"[:300])
+        raise
+    side = processor.size["height"]
+    try:
+        model = try_full(module, processor, (3, side, side), train=True)
+    except Exception as error:
+        refused = "cannot be explained by a map" in str(error)
+        record(request, **facts, result="refused" if refused else "failed", reason=str(error)[:300])
+        if not refused:
+            raise
+        return
+    record(
+        request, **facts, result="passed", path="trained", input=[3, side, side],
+        head_init=model.config.head_init, layers=facts_of(model.layers),
+    )  # fmt: skip
+
+
+# ---- the checks themselves can fail -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrong", ["transposed", "mirrored", "mask units"])
+def test_a_wrong_grid_is_noticed(wrong, monkeypatch):
+    module = make_timm("hiera_tiny_224")
+    model = TTameModel.from_backbone(module)
+    assert misplaced(model) == []
+
+    def disorder(self: FeatureLayer, output: torch.Tensor, class_token: str = "drop") -> torch.Tensor:
+        if wrong == "transposed":
+            return output.transpose(2, 3)
+        if wrong == "mirrored":
+            return output.flip(3)
+        b, c, h, w = output.shape  # every 2 x 2 block one after the other, as inside Hiera
+        blocks = output.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 1, 2, 4, 3, 5) if h % 2 == 0 else output
+        return blocks.reshape(b, c, h, w)
+
+    monkeypatch.setattr(FeatureLayer, "to_maps", disorder)
+    assert misplaced(model)
+
+
+def test_tokens_in_mask_unit_order_are_refused():
+    module = make_timm("hiera_tiny_224")
+    with pytest.raises(ValueError, match=r"mask-unit order.*hidden_states\[2\]"):
+        TTameModel.from_backbone(module, feature_layers=["blocks.1", "blocks.2"])
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_no_maps_is_refused_with_the_reason(name):
+    module, processor = make_transformers(name, **REFUSED[name])
+    with pytest.raises(ValueError, match="cannot be explained by a map: it"):
+        TTameModel.from_backbone(module, processor=processor)
+
+
+def test_every_name_of_timm_is_in_the_sweep():
+    assert set(every_timm_name()) == set(timm.list_models())
