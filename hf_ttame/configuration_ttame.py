@@ -22,7 +22,8 @@ class TTameConfig(PretrainedConfig):
         backbone_fingerprint: short hash of the backbone's weights, checked on loading.
         backbone_config: the backbone's own config.
         feature_layers: per tapped layer, fine to coarse: `name` (see `FeatureLayer`), `channels`, `grid` [h, w] at
-            `image_size`, `layout` (NCHW, NHWC or tokens), `prefix_tokens`, `clone` (a later module overwrites the tapped tensor).
+            `image_size`, `layout` (NCHW, NHWC or tokens), `prefix_tokens`, `clone` (a later module overwrites the
+            tapped tensor).
         image_size: [H, W] of the backbone's input in pixels.
         pixel_scale, pixel_shift: per channel, normalised = pixel_scale * pixel + pixel_shift for a pixel in [0, 1].
         processor_backend: "pil" where the processor resizes with Pillow (as timm's does), None for its default;

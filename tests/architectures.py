@@ -33,6 +33,7 @@ def modules() -> dict[str, list[str]]:
     return {module: names for module, names in found.items() if names}
 
 
+@cache
 def parameters(name: str) -> int:
     with torch.device("meta"):
         return sum(p.numel() for p in timm.create_model(name).parameters())

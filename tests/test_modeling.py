@@ -255,7 +255,7 @@ def test_where_no_warm_start_exists(vit_folder):
 def test_warm_start_needs_its_layer_last():
     with pytest.raises(ValueError, match="needs 'layer4'"):
         TTameModel.from_backbone(make_timm("test_resnet"), feature_layers=["layer2"], head_init="classifier")
-    with pytest.raises(ValueError, match="needs 'layer4'.* as the last feature layer"):
+    with pytest.raises(ValueError, match=r"needs 'layer4'.* as the last feature layer"):
         TTameModel.from_backbone(make_timm("test_resnet"), feature_layers=["layer4", "layer2"], head_init="classifier")
     one = TTameModel.from_backbone(make_timm("test_resnet"), feature_layers=["layer4"], head_init="classifier")
     assert one.config.map_size == [2, 2]
