@@ -39,6 +39,7 @@ def load_backbone(
     pretrained: bool = True,
     dtype: Any = torch.float32,
     subfolder: str = "",
+    attn_implementation: str | None = None,
     **hub_kwargs: Any,
 ) -> Backbone:
     """Load a classifier with its weights.
@@ -50,6 +51,7 @@ def load_backbone(
         pretrained: False builds the timm architecture `name` with random weights.
         dtype: of the weights.
         subfolder: where in the folder or repository the classifier lies.
+        attn_implementation: "eager", "sdpa", ... of a transformers classifier; None: its default.
         **hub_kwargs: token, cache_dir, local_files_only.
 
     Raises:
@@ -67,13 +69,14 @@ def load_backbone(
             "for a timm architecture without weights pass pretrained=False"
         )
     where = {"revision": revision, "subfolder": subfolder, **hub_kwargs}
+    attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
         config = AutoConfig.from_pretrained(name, **where)
         check_spatial(config)
         if getattr(config, "model_args", None):
             config.model_args.pop("num_classes", None)  # repeated by some timm repositories
         model, info = AutoModelForImageClassification.from_pretrained(
-            name, config=config, dtype=dtype, output_loading_info=True, **where
+            name, config=config, dtype=dtype, output_loading_info=True, **attention, **where
         )
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"the backbone {name!r} cannot be loaded: {error}") from error
@@ -210,13 +213,11 @@ def _wrap_timm(module: Any) -> PreTrainedModel:
     architecture = cfg.get("architecture")
     given = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     first = next((child for child in module.modules() if isinstance(child, nn.Conv2d)), None)
-    channels = (
-        {"in_chans": first.in_channels} if first is not None and first.in_channels != cfg["input_size"][0] else {}
-    )
+    size = {"img_size": list(cfg["input_size"][1:])}
+    channels = {"in_chans": first.in_channels} if first is not None else {}
     # A transformer built for another input size needs to be told so, others do not know the argument.
-    for size in ({}, {"img_size": list(cfg["input_size"][1:])}):
+    for model_args in ({}, size, channels, {**size, **channels}):
         facts = {"architecture": architecture, "num_classes": module.num_classes, "pretrained_cfg": cfg}
-        model_args = {**channels, **size}
         config = TimmWrapperConfig.from_dict({**facts, **({"model_args": model_args} if model_args else {})})
         try:
             with torch.device("meta"):  # only its structure is compared

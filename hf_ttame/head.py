@@ -129,3 +129,21 @@ def start_as_classifier(head: TTameHead, pooled: PooledClassifier, outputs: str 
         head.fuser.weight[:, -head.channels[-1] :, 0, 0] = rows.to(head.fuser.weight)
         if pooled.bias is not None:
             head.fuser.state_dict()["bias"].copy_(class_logits(pooled.bias[None], outputs)[0])
+
+
+@torch.no_grad()
+def unsaturate(head: TTameHead, features: Sequence[torch.Tensor], limit: float = 8.0) -> None:
+    """Scale a random start down where it could not learn.
+
+    Features of some backbones are so large that the first map logits have a root mean square over `limit`: there the
+    sigmoid is flat and no gradient passes. The fusion is then scaled to a root mean square of 1. Elsewhere, so for
+    the paper's backbones, nothing changes.
+
+    Args:
+        head: in eval mode, at its random start.
+        features: of a few images, as for `TTameHead.forward`.
+    """
+    some = torch.arange(min(head.num_classes, 64), device=features[0].device)
+    size = head(features, some).float().square().mean().sqrt()
+    if size > limit:
+        head.fuser.weight.div_(size)

@@ -28,7 +28,7 @@ from .features import (
     classify,
     extract,
 )
-from .head import TTameHead, start_as_classifier
+from .head import TTameHead, start_as_classifier, unsaturate
 from .image_processing import (
     ImageInput,
     Normalisation,
@@ -145,7 +145,7 @@ class TTameModel(PreTrainedModel):
             outputs: what the logits mean: "softmax" one class of many, "sigmoid" each class by itself (multi-label),
                 "single_logit" yes or no by the sign of the only one. None: as the backbone's config says
                 (`problem_type`, `num_labels`); timm models record nothing, so say it for a multi-label one.
-            **hub_kwargs: token, cache_dir, local_files_only.
+            **hub_kwargs: token, cache_dir, local_files_only; attn_implementation of a transformers backbone.
 
         Raises:
             ValueError: the backbone is not an image classifier with spatial features, or an argument does not fit it.
@@ -206,7 +206,10 @@ class TTameModel(PreTrainedModel):
         if pooled is not None:
             start_as_classifier(model.head, pooled, outputs)
         model._attach(classifier, loaded.processor)
-        return model.to(reference.device).eval()
+        model.to(reference.device).eval()
+        if pooled is None:
+            unsaturate(model.head, model.features(noise)[1])
+        return model
 
     def _attach(self, backbone: nn.Module, processor: Any) -> None:
         self.backbone = backbone.eval().requires_grad_(False)
@@ -478,7 +481,8 @@ class TTameModel(PreTrainedModel):
             pretrained_model_name_or_path: a folder or a Hub id.
             backbone: a folder, Hub id or module to use instead of the recorded one. It must have the same classes.
             strict: raise, instead of warning, where the backbone's weights are not those the head was trained on.
-            **kwargs: as `PreTrainedModel.from_pretrained`; dtype defaults to float32.
+            **kwargs: as `PreTrainedModel.from_pretrained`; dtype defaults to float32, attn_implementation is the
+                backbone's, with a device_map the backbone goes where the head does.
 
         Raises:
             ValueError: no backbone is at hand, or one that the head cannot belong to.
@@ -486,6 +490,7 @@ class TTameModel(PreTrainedModel):
         source = os.fspath(pretrained_model_name_or_path)
         kwargs.setdefault("dtype", torch.float32)  # a head stored in float16 computes in float32
         loading_info = kwargs.get("output_loading_info", False)
+        attention = {key: kwargs.pop(key) for key in ("attn_implementation",) if key in kwargs}
         try:
             model, info = super().from_pretrained(source, *args, **{**kwargs, "output_loading_info": True})
         except SafetensorError as error:
@@ -498,6 +503,7 @@ class TTameModel(PreTrainedModel):
             raise ValueError(f"{source!r} lacks the head's weights {sorted(missing)[:4]}; download or copy it again")
         check_finite(model.head)
         hub_kwargs = {key: kwargs[key] for key in ("token", "cache_dir", "local_files_only") if key in kwargs}
+        hub_kwargs |= attention
         model._load_backbone(source, backbone, strict, kwargs.get("revision"), kwargs.get("dtype"), hub_kwargs)
         return (model, info) if loading_info else model
 
@@ -506,7 +512,8 @@ class TTameModel(PreTrainedModel):
     ) -> None:
         config = self.config
         own = {**hub_kwargs, "revision": revision}  # the explainer's revision says nothing about the backbone's
-        processor = AutoImageProcessor.from_pretrained(source, backend=config.processor_backend, **own)
+        here = {key: value for key, value in own.items() if key != "attn_implementation"}
+        processor = AutoImageProcessor.from_pretrained(source, backend=config.processor_backend, **here)
         if isinstance(backbone, nn.Module):
             found = wrap_backbone(backbone, processor)
         elif backbone is not None:

@@ -1,7 +1,6 @@
 """The architectures of the sweep: every name of timm, every image-classification type of transformers."""
 
 import fnmatch
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -18,7 +17,108 @@ EXCLUDED: dict[str, str] = {}
 # Names whose own preprocessing has no equivalent in transformers: they are given a plain resize.
 OTHER_PREPROCESSING = {"deepseek_vit*": "pads to a square (crop_mode 'border')"}
 
-FULL_PARAMETERS = 40e6  # larger ones are attached on the meta device: shapes without numbers
+FULL_PARAMETERS = 10e6  # larger ones are attached on the meta device: shapes without numbers
+# The architecture with the fewest parameters of every module of timm.
+SMALLEST = [
+    "beit_base_patch16_224",
+    "cait_xxs24_224",
+    "coat_tiny",
+    "convit_tiny",
+    "convmixer_768_32",
+    "cpubone_nano",
+    "crossvit_tiny_240",
+    "cs3darknet_focus_s",
+    "csatv2",
+    "cspnext_tiny",
+    "davit_tiny",
+    "deepseek_vit_412m",
+    "deit_tiny_patch16_224",
+    "densenet121",
+    "dla46x_c",
+    "dpn48b",
+    "edgenext_xx_small",
+    "efficientformer_l1",
+    "efficientformerv2_s0",
+    "efficientvim_m1",
+    "efficientvit_b0",
+    "efficientvit_m0",
+    "ese_vovnet19b_slim_dw",
+    "fasternet_t0",
+    "fastvit_t8",
+    "focalnet_tiny_srf",
+    "gcvit_xxtiny",
+    "gemma4_vit_167m",
+    "ghostnet_050",
+    "gmlp_ti16_224",
+    "halonet_h1",
+    "hardcorenas_b",
+    "hgnetv2_b0",
+    "hiera_tiny_224",
+    "hrnet_w18_small",
+    "iformer_t",
+    "inception_next_atto",
+    "inception_resnet_v2",
+    "inception_v3",
+    "inception_v4",
+    "lcnetv2_small",
+    "legacy_seresnet18",
+    "legacy_xception",
+    "levit_128s",
+    "lowformer_b0",
+    "mobilenetv3_small_050",
+    "mobilenetv5_base",
+    "mobilevit_xxs",
+    "mvitv2_tiny",
+    "naflexvit_base_patch16_parfac_gap",
+    "nasnetalarge",
+    "nest_tiny",
+    "nextvit_small",
+    "pit_ti_224",
+    "pnasnet5large",
+    "poolformerv2_s12",
+    "pvt_v2_b0",
+    "qwen3_vit_88m",
+    "rdnet_tiny",
+    "regnetx_002",
+    "repghostnet_050",
+    "repvit_m1",
+    "res2next50",
+    "resnest14d",
+    "resnetv2_18",
+    "rexnet_100",
+    "sam2_hiera_tiny",
+    "samvit_base_patch16_224",
+    "selecsls42",
+    "sequencer2d_s",
+    "shvit_s1",
+    "skresnet18",
+    "starnet_s050",
+    "swiftformer_xs",
+    "swin_tiny_patch4_window7_224",
+    "swinv2_cr_tiny_224",
+    "swinv2_tiny_window16_256",
+    "test_byobnet",
+    "test_coatnet",
+    "test_convnext",
+    "test_efficientnet",
+    "test_mambaout",
+    "test_nfnet",
+    "test_resnet",
+    "test_vit",
+    "test_vit_relpos",
+    "tiny_vit_5m_224",
+    "tnt_s_legacy_patch16_224",
+    "tresnet_m",
+    "twins_svt_small",
+    "vgg11",
+    "visformer_tiny",
+    "vit_tiny_patch16_dinov3_qkvb",
+    "vit_tiny_r_s16_p8_224",
+    "vitamin_small_224",
+    "volo_d1_224",
+    "xception41p",
+    "xcit_nano_12_p8_224",
+]
 _SIZES = (128, 112, 160, 192, 224, 256)
 
 
@@ -31,12 +131,6 @@ def modules() -> dict[str, list[str]]:
     """{module of timm: its names}, for the modules that register any."""
     found = {module: timm.list_models(module=module) for module in sorted(list_modules())}
     return {module: names for module, names in found.items() if names}
-
-
-@cache
-def parameters(name: str) -> int:
-    with torch.device("meta"):
-        return sum(p.numel() for p in timm.create_model(name).parameters())
 
 
 @cache
@@ -61,10 +155,14 @@ def arguments(name: str) -> dict[str, Any]:
     return {}
 
 
-def make_timm(name: str, meta: bool = False) -> nn.Module:
+def make_timm(name: str) -> nn.Module:
     torch.manual_seed(0)
-    with torch.device("meta" if meta else "cpu"):
-        return timm.create_model(name, num_classes=7, **arguments(name)).eval()
+    return timm.create_model(name, num_classes=7, **arguments(name)).eval()
+
+
+def make_on_meta(name: str) -> nn.Module:
+    with torch.device("meta"):
+        return timm.create_model(name, num_classes=7).eval()
 
 
 def processor_of(name: str, module: nn.Module) -> Any:
@@ -107,6 +205,3 @@ def make_transformers(class_name: str, **shrunk: Any) -> tuple[nn.Module, CLIPIm
     torch.manual_seed(0)
     side = getattr(vision, "image_size", None) or 224
     return kind(config).eval(), plain_processor(side if isinstance(side, int) else side[0])
-
-
-Builder = Callable[[], tuple[nn.Module, Any]]

@@ -18,11 +18,15 @@ SPOTS = ((0, 3), (2, 6), (5, 1), (6, 4), (3, 0), (1, 1))
 
 @torch.no_grad()
 def settle(module: nn.Module, size: tuple[int, int, int]) -> nn.Module:
-    """Give random weights a working network's scale: batch norms see noise once, and LeViT's attention looks nearby.
+    """Give random weights a working network's scale and place: without it there would be nothing left to check.
 
-    Without it signals die out or blow up through a deep network, and a grid that shrinks by attention alone mixes the
-    whole image evenly: there would be no place left to check.
+    Signals die out or blow up through a deep network of random weights: batch norms see noise once. Thirty random
+    depthwise convolutions, or a grid that shrinks by attention alone, mix the whole image evenly: depthwise
+    convolutions get a heavier centre, LeViT's attention looks at its own place.
     """
+    for child in module.modules():
+        if isinstance(child, nn.Conv2d) and child.groups == child.in_channels > 1:
+            child.weight[:, :, child.kernel_size[0] // 2, child.kernel_size[1] // 2] += 1
     for name, parameter in module.named_parameters():
         if name.endswith("attention_biases"):
             parameter[:, 0] = 30.0

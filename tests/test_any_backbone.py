@@ -12,11 +12,12 @@ import timm
 import torch
 from architectures import (
     FULL_PARAMETERS,
+    SMALLEST,
     excluded,
+    make_on_meta,
     make_timm,
     make_transformers,
     modules,
-    parameters,
     plain_processor,
     processor_of,
     transformers_classes,
@@ -74,9 +75,10 @@ def try_full(backbone: nn.Module, processor: Any, size: tuple[int, int, int], tr
 
 
 @torch.no_grad()
-def try_on_meta(name: str) -> list[FeatureLayer]:
+def try_on_meta(module: nn.Module) -> list[FeatureLayer]:
     """Layers, layouts and map logits by shapes alone, where the weights would be too large."""
-    wrapper = wrap_backbone(make_timm(name, meta=True), plain_processor(224)).model.eval()
+    side = module.pretrained_cfg["input_size"][-1]
+    wrapper = wrap_backbone(module, plain_processor(side)).model.eval()
     noise = torch.zeros(2, *wrapper.config.pretrained_cfg["input_size"], device="meta")
     layers = probe_layers(wrapper, default_layers(wrapper, noise), noise)
     assert len(layers) == 3
@@ -104,31 +106,42 @@ def every_timm_name() -> Iterator[str]:
     return (name for names in modules().values() for name in names)
 
 
-@pytest.mark.sweep
-@pytest.mark.parametrize("name", sorted(every_timm_name()))
-def test_every_timm_name(name, request):
-    module_name = next(key for key, names in modules().items() if name in names)
-    facts: dict[str, Any] = {"library": "timm", "family": module_name, "name": name}
+def sweep_timm(name: str, request: pytest.FixtureRequest, train: bool) -> None:
+    family = next(key for key, names in modules().items() if name in names)
+    facts: dict[str, Any] = {"library": "timm", "family": family, "name": name}
     if reason := excluded(name):
         record(request, **facts, result="excluded", reason=reason)
         pytest.skip(reason)
     began = time.perf_counter()
     try:
-        count = parameters(name)
-        smallest = name == min(modules()[module_name], key=parameters)
-        if smallest or count <= FULL_PARAMETERS:
+        meta = make_on_meta(name)
+        facts["parameters"] = sum(p.numel() for p in meta.parameters())
+        if train or facts["parameters"] <= FULL_PARAMETERS:
             module = make_timm(name)
             size = module.pretrained_cfg["input_size"]
-            model = try_full(module, processor_of(name, module), size, train=smallest)
-            layers, path = model.layers, "trained" if smallest else "explained"
-            facts |= {"head_init": model.config.head_init, "input": list(size)}
+            model = try_full(module, processor_of(name, module), size, train=train)
+            layers = model.layers
+            facts |= {"path": "trained" if train else "explained", "head_init": model.config.head_init, "input": size}
         else:
-            layers, path = try_on_meta(name), "meta"
+            facts["path"] = "meta"
+            layers = try_on_meta(meta)
     except Exception as error:
         record(request, **facts, result="failed", reason=f"{type(error).__name__}: {error}"[:300])
         raise
     seconds = round(time.perf_counter() - began, 1)
-    record(request, **facts, result="passed", path=path, parameters=count, layers=facts_of(layers), seconds=seconds)
+    record(request, **facts, result="passed", layers=facts_of(layers), seconds=seconds)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", SMALLEST)
+def test_smallest_of_every_timm_module(name, request):
+    sweep_timm(name, request, train=True)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", sorted(set(every_timm_name()) - set(SMALLEST)))
+def test_every_other_timm_name(name, request):
+    sweep_timm(name, request, train=False)
 
 
 @pytest.mark.sweep
@@ -194,5 +207,6 @@ def test_what_has_no_maps_is_refused_with_the_reason(name):
         TTameModel.from_backbone(module, processor=processor)
 
 
-def test_every_name_of_timm_is_in_the_sweep():
+def test_every_module_of_timm_is_in_the_sweep():
     assert set(every_timm_name()) == set(timm.list_models())
+    assert all(len(set(names) & set(SMALLEST)) == 1 for names in modules().values())

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_ttame import TTameHead
+from hf_ttame.head import unsaturate
 
 BATCH, CLASSES = 3, 5
 CHANNELS = (3, 4, 6)
@@ -212,3 +213,15 @@ def test_the_tensor_of_all_channels_at_map_size_is_never_made(monkeypatch: pytes
 def test_wrong_number_of_features_raises(given: int) -> None:
     with pytest.raises(ValueError, match=f"reads 2 feature layers, got {given}"):
         random_head(2, torch.float32)(random_features(given, torch.float32))
+
+
+def test_a_saturated_start_is_scaled_down_and_another_left_alone():
+    torch.manual_seed(0)
+    head = TTameHead([6, 8], 5, (4, 4)).eval()
+    before = head.fuser.weight.clone()
+    features = [torch.randn(2, 6, 4, 4), torch.randn(2, 8, 2, 2)]
+    unsaturate(head, features)
+    assert torch.equal(head.fuser.weight, before)
+    large = [1000 * maps for maps in features]
+    unsaturate(head, large)
+    assert head(large).square().mean().sqrt().item() == pytest.approx(1, abs=0.05)
