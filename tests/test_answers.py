@@ -62,7 +62,9 @@ def test_classification_loss_by_hand():
     assert classification_loss(logits, targets, "softmax").item() == pytest.approx(cross_entropy, abs=1e-6)
     assert classification_loss(logits, targets, "sigmoid").item() == pytest.approx(binary, abs=1e-6)
     masks = torch.rand(2, 1, 4, 4)
-    assert ttame_loss(logits, targets, masks, outputs="sigmoid").cross_entropy.item() == pytest.approx(binary, abs=1e-6)
+    assert ttame_loss(logits, targets, masks, outputs="sigmoid").cross_entropy.item() == pytest.approx(
+        binary, abs=1e-6
+    )
 
 
 # ---- in the model -------------------------------------------------------------------------------------------------
@@ -140,7 +142,7 @@ def test_warm_start_of_a_single_logit():
 def test_a_regressor_is_refused():
     vit = single_logit_vit()
     vit.config.problem_type = "regression"
-    with pytest.raises(ValueError, match="regression.*outputs='single_logit'"):
+    with pytest.raises(ValueError, match=r"regression.*outputs='single_logit'"):
         TTameModel.from_backbone(vit, processor=vit_processor())
     assert TTameModel.from_backbone(vit, processor=vit_processor(), outputs="single_logit").config.num_labels == 2
     with pytest.raises(ValueError, match="one logit, this one has 7"):
