@@ -67,7 +67,7 @@ class TTameModel(PreTrainedModel):
     config_class = TTameConfig
     base_model_prefix = ""
     main_input_name = "pixel_values"
-    _keys_to_ignore_on_load_missing = [r"^backbone\."]
+    _keys_to_ignore_on_load_missing = [r"^backbone\.", r"^head\.class_counts$"]
 
     def __init__(self, config: TTameConfig):
         config.check()
@@ -85,11 +85,14 @@ class TTameModel(PreTrainedModel):
         self.backbone: Any = None  # a classifier, attached by from_backbone and from_pretrained
         self.image_processor: Any = None
         self._placements: dict[tuple[int, int], Placement] = {}
+        self._warned_unseen = False
         self._capture_lock = threading.Lock()  # hooks of two passes at once would mix their features
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         """Keep torch's own initialisation: the head is initialised by its constructor."""
+        if isinstance(module, TTameHead) and not getattr(module.class_counts, "_is_hf_initialized", False):
+            module.class_counts.zero_()  # an older head has none; loading leaves missing values undefined
 
     def train(self, mode: bool = True) -> "TTameModel":
         super().train(mode)
@@ -326,6 +329,7 @@ class TTameModel(PreTrainedModel):
             ids = scores.topk(top_k or 1, dim=1).indices
         else:
             ids = wanted.to(logits.device).expand(len(pictures), -1)
+        self._warn_unseen(ids)
         maps = self.scale_maps(self.head(features, ids)).cpu()
         for row, picture in enumerate(pictures):
             placed, seen = place_maps(
@@ -341,6 +345,20 @@ class TTameModel(PreTrainedModel):
                     score=float(scores[row, class_id]),
                     image=picture,
                 )
+
+    def _warn_unseen(self, ids: torch.Tensor) -> None:
+        """Warn, once, where a map is asked for of a class that training never explained."""
+        counts = self.head.class_counts
+        if self._warned_unseen or not counts.any() or counts[ids].all():
+            return
+        self._warned_unseen = True
+        unseen = ids.unique()[counts[ids.unique()] == 0].tolist()
+        labels = ", ".join(repr(self.config.id2label[class_id]) for class_id in unseen[:5])
+        warnings.warn(
+            f"the explainer was trained without a single picture of {labels}: such maps were never checked against "
+            f"anything; {int((counts == 0).sum())} of {len(counts)} classes are so (model.head.class_counts)",
+            stacklevel=6,
+        )
 
     def _placement(self, size: tuple[int, int]) -> Placement:
         if size not in self._placements:
