@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from hf_ttame.image_processing import Normalisation, load_image
 
@@ -97,7 +97,9 @@ def _from_files(files: list[Path], streaming: bool) -> datasets.IterableDataset:
 
 
 def _in_shards(dataset: datasets.Dataset) -> datasets.IterableDataset:
-    return dataset.to_iterable_dataset(num_shards=max(1, min(_SHARDS, len(dataset))))
+    if not len(dataset):
+        raise ValueError("the dataset is empty; give one with pictures")
+    return dataset.to_iterable_dataset(num_shards=min(_SHARDS, len(dataset)))
 
 
 def image_column(dataset: datasets.IterableDataset, wanted: str | None = None) -> str:
@@ -152,7 +154,8 @@ def decode(value: Any, side: int | None = None) -> Image.Image:
             return load_image(image)
     except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         what = f"picture of {len(value)} bytes" if isinstance(value, bytes) else repr(value)
-        raise ValueError(f"{what} cannot be read: {error}") from error
+        reason = "no picture format" if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"{what} cannot be read: {reason}") from error
 
 
 def augment(
