@@ -105,6 +105,7 @@ def child(arguments: list[str], output: str, settings: dict[str, str], largest_f
     if largest_file is not None:  # what a full disk does: writing fails in the middle of a file
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # a child of the server would start another server
     try:
         status = main(arguments)
     except (ValueError, OSError) as error:
@@ -143,7 +144,8 @@ class Run:
         log = self.output / "log.jsonl"
         deadline = time.monotonic() + 60
         while not log.exists() or len(log.read_text().splitlines()) < step:
-            assert time.monotonic() < deadline and self.processes[0].is_alive(), self.text.read_text()
+            assert time.monotonic() < deadline
+            assert self.processes[0].is_alive(), self.text.read_text()
             time.sleep(0.002)
 
     def send(self, number: int) -> None:

@@ -466,7 +466,7 @@ def main(argv: list[str] | None = None) -> int:
                 attempt("curves.png", lambda: draw_curves(output, progress["validations"]))
             flushed_at = time.perf_counter()
     bar.close()
-    del batches
+    del batches, loader  # ends the workers
     progress["seconds"] += time.perf_counter() - began
 
     if progress["step"] < arguments.steps:
