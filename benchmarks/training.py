@@ -50,7 +50,7 @@ from hf_ttame.masking import apply_mask, resize_maps
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `training` is the package, not this file
 from training.data import augment, decode, image_column, open_stream, undecoded
 from training.stream import TrainingStream, collate, make_loader
-from training.train import masking_losses
+from training.train import keep_freed_memory, masking_losses
 
 BATCHES = {"vit_base_patch16_224": 4, "vgg16": 4, "resnet50": 8, "tf_efficientnet_lite0": 16}
 DEFAULT_BATCH = 8
@@ -203,6 +203,7 @@ def main() -> None:
     if arguments.rounds < 1 or arguments.data_batches < 1:
         parser.error("--rounds and --data-batches must be at least 1")
 
+    keep_freed_memory()  # as the training script does
     figures = {}
     with tempfile.TemporaryDirectory() as folder:
         if arguments.pictures is None:

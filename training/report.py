@@ -5,7 +5,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,12 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return lines
+
+
+def write_values(path: Path, values: Mapping[str, torch.Tensor]) -> None:
+    """What a validation found, picture by picture, for paired comparisons between runs."""
+    every = {name: [round(value, 4) for value in column.tolist()] for name, column in values.items()}
+    attempt(path.name, lambda: write(path, json.dumps(every)))
 
 
 def machine(accelerator: Any) -> dict[str, Any]:

