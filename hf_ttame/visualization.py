@@ -136,6 +136,8 @@ def plot_intervals(title: str, rows: Sequence[tuple[str, float, float, float]], 
     def place(value: float) -> float:
         return left + (value - low) / span * (right - left)
 
+    if low < 0 < high:
+        draw.line((place(0), top, place(0), top + step * len(rows)), fill="#bbbbbb")
     for index, (name, value, start, end) in enumerate(rows):
         y = top + step * index + step / 2
         draw.text((10, y - 8), name, fill="black", font=font)

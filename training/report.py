@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from safetensors import SafetensorError
 
-from hf_ttame.visualization import contact_sheet, plot_curves
+from hf_ttame.visualization import plot_curves
 
 _SMOOTH = 200  # points of a curve; the log holds every step
 _COLUMNS = 12  # validations in samples.png
@@ -148,11 +148,14 @@ def add_samples(output: Path, step: int, pictures: Sequence[Image.Image]) -> Non
     strips = [strip for strip in strips if int(strip.stem) <= step]
     if len(strips) > _COLUMNS:  # evenly spaced, the first and the last among them
         strips = [strips[round(i * (len(strips) - 1) / (_COLUMNS - 1))] for i in range(_COLUMNS)]
-    columns = []
-    for path in strips:
+    caption, gap = 20, 4
+    sheet = Image.new("RGB", (len(strips) * (strip.width + gap), strip.height + caption), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, path in enumerate(strips):
         with Image.open(path) as image:
-            columns.append((image.convert("RGB"), f"step {int(path.stem)}"))
-    write(output / "samples.png", contact_sheet([columns], height=strip.height))
+            sheet.paste(image.convert("RGB"), (index * (strip.width + gap), caption))
+        draw.text((index * (strip.width + gap) + 2, 3), f"step {int(path.stem)}", fill="black")
+    write(output / "samples.png", sheet)
 
 
 def time_left(began: float, done: int, steps: int) -> str:
