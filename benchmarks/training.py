@@ -75,11 +75,11 @@ class Contestant:
         with torch.no_grad(), self.autocast():
             self.model.classify(self.x)
 
-    def step(self) -> None:
+    def step(self) -> torch.Tensor:
         losses = masking_losses(self.model, self.model.head, self.x, fill=self.fill, autocast=self.autocast)
-        self._update(losses.terms.total)
+        return self._update(losses.terms.total)
 
-    def published(self) -> None:
+    def published(self) -> torch.Tensor:
         model = self.model
         with torch.no_grad(), self.autocast():
             logits, features = model.features(self.x)
@@ -89,7 +89,7 @@ class Contestant:
             own = masks.diagonal(dim1=0, dim2=1).permute(2, 0, 1)
             size = (self.x.shape[-2], self.x.shape[-1])
             masked_logits = model.classify(apply_mask(self.x, resize_maps(own, size), self.fill))
-        self._update(ttame_loss(masked_logits.float(), targets, masks).total)
+        return self._update(ttame_loss(masked_logits.float(), targets, masks).total)
 
     def _published_maps(self, features: list[torch.Tensor]) -> torch.Tensor:
         head = self.model.head
@@ -100,13 +100,14 @@ class Contestant:
             resized.append(F.interpolate(z, size=head.map_size, mode="bilinear", align_corners=False))
         return head.fuser(torch.cat(resized, dim=1))
 
-    def _update(self, loss: torch.Tensor) -> None:
+    def _update(self, loss: torch.Tensor) -> torch.Tensor:
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
+        return loss.detach()
 
 
-def seconds(run: Callable[[], None], device: str) -> float:
+def seconds(run: Callable[[], Any], device: str) -> float:
     if device.startswith("cuda"):
         torch.cuda.synchronize()
     began = time.perf_counter()
@@ -119,7 +120,11 @@ def seconds(run: Callable[[], None], device: str) -> float:
 def measure_step(name: str, batch: int, rounds: int, device: str, dtype: str) -> dict[str, Any]:
     """Medians over the rounds of the times and of the ratios within a round."""
     contestant = Contestant(name, batch, device, dtype)
-    variants = {"plain": contestant.plain, "step": contestant.step, "published": contestant.published}
+    variants: dict[str, Callable[[], Any]] = {
+        "plain": contestant.plain,
+        "step": contestant.step,
+        "published": contestant.published,
+    }
     orders = list(itertools.permutations(variants))
     times: dict[str, list[float]] = {variant: [] for variant in variants}
     for index in range(WARM_UP_ROUNDS + rounds):
