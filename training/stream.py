@@ -16,6 +16,7 @@ Slots do not wait for each other: each begins its next epoch when its own pictur
 """
 
 import signal
+import sys
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -200,4 +201,6 @@ def make_loader(
         worker_init_fn=_start_worker,
         generator=torch.Generator().manual_seed(0),  # the global one is left alone
         prefetch_factor=4 if workers else None,
+        # Forked workers see that their process was killed and end; those of a fork server (Python 3.14) would stay.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
     )
