@@ -27,7 +27,11 @@ class TTameHead(nn.Module):
         branch_activation: "relu", or the paper's ablation "sigmoid".
         last_layer_relu: False leaves the last layer without activation, so that a layer with negative values can
             start as a class activation map.
+
+    The buffer `class_counts` (K,), int64, holds how often training explained each class; all zero: not recorded.
     """
+
+    class_counts: torch.Tensor
 
     def __init__(
         self,
@@ -50,6 +54,12 @@ class TTameHead(nn.Module):
         self.convs = nn.ModuleList(nn.Conv2d(c, c, 1) for c in self.channels)
         self.bns = nn.ModuleList(nn.BatchNorm2d(c) for c in self.channels) if batch_norm else None
         self.fuser = nn.Conv2d(sum(self.channels), num_classes, 1)
+        self.register_buffer("class_counts", torch.zeros(num_classes, dtype=torch.int64))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Heads saved before the counts existed load too: nothing is recorded of them."""
+        state_dict.setdefault(f"{prefix}class_counts", torch.zeros(self.num_classes, dtype=torch.int64))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def branch(self, layer: int, features: torch.Tensor) -> torch.Tensor:
         """Z_l (B, C_l, h_l, w_l) of one layer's features F_l (B, C_l, h_l, w_l)."""

@@ -68,7 +68,7 @@ class TTameModel(PreTrainedModel):
     config_class = TTameConfig
     base_model_prefix = ""
     main_input_name = "pixel_values"
-    _keys_to_ignore_on_load_missing = [r"^backbone\."]
+    _keys_to_ignore_on_load_missing = [r"^backbone\.", r"^head\.class_counts$"]
 
     def __init__(self, config: TTameConfig):
         config.check()
@@ -86,11 +86,14 @@ class TTameModel(PreTrainedModel):
         self.backbone: Any = None  # a classifier, attached by from_backbone and from_pretrained
         self.image_processor: Any = None
         self._placements: dict[tuple[int, int], Placement] = {}
+        self._warned_unseen = False
         self._capture_lock = threading.Lock()  # hooks of two passes at once would mix their features
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         """Keep torch's own initialisation: the head is initialised by its constructor."""
+        if isinstance(module, TTameHead) and not getattr(module.class_counts, "_is_hf_initialized", False):
+            module.class_counts.zero_()  # an older head has none; loading leaves missing values undefined
 
     def train(self, mode: bool = True) -> "TTameModel":
         super().train(mode)
@@ -331,6 +334,7 @@ class TTameModel(PreTrainedModel):
             # The classes of the answer have the highest scores, so that the first of the sorted ones are just those.
             counts = [top_k] * len(pictures) if top_k else answered(logits, outputs).sum(dim=1).tolist()
             ids = logits.topk(max(counts), dim=1).indices
+        self._warn_unseen(torch.cat([row[:count] for row, count in zip(ids, counts, strict=True)]))
         maps = self.scale_maps(self.head(features, ids)).cpu()
         for row, (picture, count) in enumerate(zip(pictures, counts, strict=True)):
             size = width_height(picture)
@@ -345,6 +349,20 @@ class TTameModel(PreTrainedModel):
                     score=float(scores[row, class_id]),
                     image=shown(picture),
                 )
+
+    def _warn_unseen(self, ids: torch.Tensor) -> None:
+        """Warn, once, where a map is asked for of a class that training never explained."""
+        counts = self.head.class_counts
+        if self._warned_unseen or not counts.any() or counts[ids].all():
+            return
+        self._warned_unseen = True
+        unseen = ids.unique()[counts[ids.unique()] == 0].tolist()
+        labels = ", ".join(repr(self.config.id2label[class_id]) for class_id in unseen[:5])
+        warnings.warn(
+            f"the explainer was trained without a single picture of {labels}: such maps were never checked against "
+            f"anything; {int((counts == 0).sum())} of {len(counts)} classes are so (model.head.class_counts)",
+            stacklevel=6,
+        )
 
     def _placement(self, size: tuple[int, int]) -> Placement:
         if size not in self._placements:

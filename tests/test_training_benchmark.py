@@ -1,0 +1,29 @@
+"""The benchmark of training compares two forms of the same step."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.training import Contestant, make_pictures, measure_data, measure_step
+
+
+def test_both_forms_train_alike() -> None:
+    ours, published = (Contestant("test_resnet", 4, "cpu", "float32") for _ in range(2))
+    for _ in range(3):
+        torch.testing.assert_close(ours.step(), published.published(), rtol=1e-4, atol=1e-4)
+
+
+def test_figures_of_a_step() -> None:
+    found = measure_step("test_vit", 2, 1, "cpu", "float32")
+    assert (found["batch"], found["rounds"]) == (2, 1)
+    assert found["step_over_plain"] == pytest.approx(found["step_ms"] / found["plain_ms"], rel=0.05)
+    assert found["published_over_step"] == pytest.approx(found["published_ms"] / found["step_ms"], rel=0.05)
+    assert found["step_images_per_second"] == pytest.approx(2000 / found["step_ms"], rel=0.05)
+
+
+def test_figures_of_the_data(tmp_path: Path) -> None:
+    make_pictures(tmp_path, 4)
+    found = measure_data(str(tmp_path), (64, 64), 4, 0, 2)
+    assert found["images_per_second"] > 0
+    assert found["decode_ms_per_picture"] > found["collate_ms_per_picture"] > 0

@@ -1,0 +1,401 @@
+"""Real runs of the training script on tiny data: killed, interrupted, out of disk, with two processes.
+
+The runs are processes forked from a server that has imported everything once: a run takes about a second.
+"""
+
+import importlib.util
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from hf_ttame import TTameModel
+
+PICTURES = 37
+DAMAGED = (3, 20)
+
+
+def picture(seed: int) -> Image.Image:
+    """A bright patch on dark noise: something to see."""
+    generator = np.random.default_rng(seed)
+    pixels = generator.integers(0, 60, size=(60, 80, 3), dtype=np.uint8)
+    top, left = generator.integers(0, 30), generator.integers(0, 50)
+    pixels[top : top + 30, left : left + 30] = generator.integers(120, 255, size=3, dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures with a space")
+    for seed in range(24):
+        picture(seed).save(folder / f"{seed:02d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def parquet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three shards of unequal length, with two damaged pictures."""
+    folder = tmp_path_factory.mktemp("parquet")
+    column = datasets.Features(image=datasets.Image())
+    rows = datasets.Dataset.from_dict({"image": [picture(seed) for seed in range(PICTURES)]}, features=column)
+    cells = list(rows.cast_column("image", datasets.Image(decode=False))["image"])
+    for seed in DAMAGED:
+        cells[seed] = {"bytes": cells[seed]["bytes"][:200], "path": None}
+    for shard, (start, end) in enumerate(((0, 10), (10, 22), (22, PICTURES))):
+        part = datasets.Dataset.from_dict({"image": cells[start:end], "label": [0] * (end - start)})
+        part.cast_column("image", datasets.Image()).to_parquet(str(folder / f"train-{shard}.parquet"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small classifier with random weights that answers differently to different pictures."""
+    from transformers import AutoModelForImageClassification, ResNetConfig, ViTImageProcessor
+
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 12, 16, 24], depths=[1, 1, 1, 1], layer_type="basic")
+    config.num_labels = 5
+    model = AutoModelForImageClassification.from_config(config).eval()
+    processor = ViTImageProcessor(size={"height": 64, "width": 64})
+    pixel_values = processor([picture(seed) for seed in range(64)], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():  # spread and centre the logits, so that predictions and losses mean something
+        pooled = model.resnet(pixel_values).pooler_output.flatten(1)
+        model.classifier[1].weight.mul_(3 / (pooled @ model.classifier[1].weight.T).std(dim=0)[:, None])
+        model.classifier[1].bias.copy_(-(pooled @ model.classifier[1].weight.T).mean(dim=0))
+        assert len(model(pixel_values).logits.argmax(dim=1).unique()) >= 3
+    path = tmp_path_factory.mktemp("backbone")
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def server() -> Any:
+    before = dict(os.environ)
+    os.environ.update(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training.train"])
+    yield context
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def child(arguments: list[str], output: str, settings: dict[str, str], largest_file: int | None) -> None:
+    from training.train import main
+
+    os.environ.update(settings)
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    if largest_file is not None:  # what a full disk does: writing fails in the middle of a file
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # a child of the server would start another server
+    try:
+        status = main(arguments)
+    except (ValueError, OSError) as error:
+        print(f"{type(error).__name__}: {error}", flush=True)
+        status = 1
+    sys.stdout.flush()
+    os._exit(status)
+
+
+class Run:
+    """One run of the script, in one or more processes."""
+
+    def __init__(self, server: Any, arguments: list[str], ranks: int = 1, largest_file: int | None = None):
+        self.output = Path(arguments[arguments.index("--output") + 1])
+        self.text = self.output.with_suffix(".txt")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.processes = []
+        for rank in range(ranks):
+            settings = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+            settings |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(ranks)}
+            settings = settings if ranks > 1 else {}
+            process = server.Process(target=child, args=(arguments, str(self.text), settings, largest_file))
+            process.start()
+            self.processes.append(process)
+
+    def wait(self, expect: int = 0) -> str:
+        for process in self.processes:
+            process.join(120)
+        text = self.text.read_text()
+        assert [process.exitcode for process in self.processes] == [expect] * len(self.processes), text
+        return text
+
+    def wait_for_step(self, step: int) -> None:
+        log = self.output / "log.jsonl"
+        deadline = time.monotonic() + 60
+        while not log.exists() or len(log.read_text().splitlines()) < step:
+            assert time.monotonic() < deadline
+            assert self.processes[0].is_alive(), self.text.read_text()
+            time.sleep(0.002)
+
+    def send(self, number: int) -> None:
+        for process in self.processes:
+            os.kill(process.pid, number)
+
+
+SHORT = (
+    "--batch_size",
+    "8",
+    "--learning_rate",
+    "5e-3",
+    "--window",
+    "9",
+    "--max_unreadable",
+    "0.2",
+    "--log_every",
+    "1",
+)
+
+
+def arguments(backbone: str, data: Path, output: Path, *more: str) -> list[str]:
+    return ["--backbone", backbone, "--dataset", str(data), "--output", str(output), *SHORT, *more]
+
+
+def assert_same(a: Path, b: Path) -> None:
+    one, other = load_file(a / "explainer" / "model.safetensors"), load_file(b / "explainer" / "model.safetensors")
+    assert one.keys() == other.keys()
+    assert all(name.startswith("head.") for name in one)
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def test_a_run_lowers_the_loss_and_tells_how_it_went(server: Any, backbone: str, folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    argv = arguments(backbone, folder, output, "--steps", "40", "--workers", "0", "--head_init", "random")
+    argv += ["--holdout", "0.3", "--validate_every", "20", "--report_to", "tensorboard", "--save_every", "15"]
+    text = Run(server, argv).wait()
+    log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    totals = [entry["total"] for entry in log]
+    assert [entry["step"] for entry in log] == list(range(1, 41))
+    assert np.mean(totals[-5:]) < 0.9 * np.mean(totals[:5])
+    assert "validation at step 20" in text
+    assert "left" in text
+
+    model = TTameModel.from_pretrained(output / "explainer")
+    original = TTameModel.from_backbone(backbone, head_init="random")
+    for (name, a), (_, b) in zip(
+        model.backbone.state_dict().items(), original.backbone.state_dict().items(), strict=True
+    ):
+        assert torch.equal(a, b), name
+    assert int(model.head.class_counts.sum()) == 40 * 8
+    (explanation,) = model.explain(folder / "00.png")
+    assert explanation.map.shape == (60, 80)
+
+    report = json.loads((output / "report.json").read_text())
+    assert report["steps"] == 40
+    assert report["pictures"] == 320
+    assert report["coverage"]["explained"] == int((model.head.class_counts > 0).sum())
+    assert [found["step"] for found in report["validations"]] == [20, 40]
+    assert report["best"]["score"] == min(found["score"] for found in report["validations"])
+    low, high = report["last_95"]["AD soft 50"]
+    assert low <= report["validations"][-1]["AD soft 50"] <= high
+    assert TTameModel.from_pretrained(output / "best").config.num_labels == 5
+    for name in ("curves.png", "samples.png"):
+        with Image.open(output / name) as image:
+            assert min(image.size) > 100
+    assert list((output / "hf-ttame").glob("events*")), "tensorboard"
+    for path in (output / "explainer").glob("*.json"):
+        assert str(tmp_path) not in path.read_text()
+    again = Run(server, arguments(backbone, folder, output)).wait(1)
+    assert "holds a trained explainer" in again
+    assert "nothing to resume" in Run(server, [*argv, "--resume"]).wait()
+
+
+@pytest.mark.parametrize(("ranks", "workers", "kills"), [(1, 0, 2), (1, 2, 1), (2, 0, 1)])
+def test_a_killed_run_resumes_to_the_same_head(
+    server: Any, backbone: str, parquet: Path, tmp_path: Path, ranks: int, workers: int, kills: int
+) -> None:
+    more = ("--steps", "24", "--save_every", "4", "--workers", str(workers), "--ema", "0.9", "--holdout", "0.1")
+    whole, killed = (arguments(backbone, parquet, tmp_path / name, *more) for name in ("whole", "killed"))
+    Run(server, whole, ranks).wait()
+    moments = random.Random(os.getpid())
+    for _ in range(kills):
+        run = Run(server, [*killed, "--resume"], ranks)
+        run.wait_for_step(moments.randint(1, 20))
+        time.sleep(moments.random() * 0.05)
+        run.send(signal.SIGKILL)
+        run.wait(-signal.SIGKILL)
+        assert not (tmp_path / "killed" / "explainer").exists(), "the run ended before it could be killed"
+    text = Run(server, [*killed, "--resume"], ranks).wait()
+    assert "continuing" in text or "no checkpoint yet" in text
+    assert_same(tmp_path / "whole", tmp_path / "killed")
+    logs = [
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("whole", "killed")
+    ]
+    assert [entry["total"] for entry in logs[0]] == [entry["total"] for entry in logs[1]]
+    skipped = [json.loads((tmp_path / name / "report.json").read_text())["unreadable"] for name in ("whole", "killed")]
+    assert skipped[0] == skipped[1]
+    assert 1 <= skipped[0]["count"] <= len(DAMAGED)
+    assert all("cannot be read" in name for name in skipped[0]["names"])
+
+
+def test_an_interrupted_run_saves_first(server: Any, backbone: str, parquet: Path, tmp_path: Path) -> None:
+    more = ("--steps", "40", "--save_every", "100", "--workers", "2")
+    whole, stopped = (arguments(backbone, parquet, tmp_path / name, *more) for name in ("whole", "stopped"))
+    Run(server, whole).wait()
+    run = Run(server, stopped)
+    run.wait_for_step(5)
+    run.send(signal.SIGINT)
+    text = run.wait(130)
+    assert "continue with --resume" in text
+    assert "Traceback" not in text
+    (checkpoint,) = (tmp_path / "stopped").glob("checkpoint-*")
+    assert f"stopped at step {int(checkpoint.name[11:])};" in text
+    assert "--resume" in Run(server, stopped).wait(1)
+    Run(server, [*stopped, "--resume"]).wait()
+    assert_same(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_two_interrupted_processes_stop_together(server: Any, backbone: str, parquet: Path, tmp_path: Path) -> None:
+    run = Run(server, arguments(backbone, parquet, tmp_path / "two", "--steps", "400", "--workers", "0"), 2)
+    run.wait_for_step(3)
+    os.kill(run.processes[1].pid, signal.SIGTERM)  # one is asked, both stop
+    run.wait(130)
+    assert len(list((tmp_path / "two").glob("checkpoint-*"))) == 1
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(server: Any, backbone: str, parquet: Path, tmp_path: Path) -> None:
+    more = ("--steps", "20", "--save_every", "5", "--workers", "0")
+    whole, full = (arguments(backbone, parquet, tmp_path / name, *more) for name in ("whole", "full"))
+    Run(server, whole).wait()
+    run = Run(server, full)
+    run.wait_for_step(7)
+    run.send(signal.SIGKILL)
+    run.wait(-signal.SIGKILL)
+    (before,) = (tmp_path / "full").glob("checkpoint-00000005")
+    text = Run(server, [*full, "--resume"], largest_file=6000).wait(1)
+    assert "warning: no checkpoint at step 10" in text
+    assert "could not be saved" in text
+    assert sorted((tmp_path / "full").glob("checkpoint-*")) == [before]
+    assert not (tmp_path / "full" / "explainer").exists()
+    assert not list((tmp_path / "full").glob(".*")), "nothing half-written stays"
+    Run(server, [*full, "--resume"]).wait()
+    assert_same(tmp_path / "whole", tmp_path / "full")
+
+
+def test_checkpoints_hold_the_head_alone_and_are_pruned(
+    server: Any, backbone: str, folder: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    Run(server, arguments(backbone, folder, output, "--steps", "9", "--save_every", "2", "--workers", "0")).wait()
+    assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-00000008", "checkpoint-00000009"]
+    saved = load_file(output / "checkpoint-00000009" / "model.safetensors")
+    head = TTameModel.from_pretrained(output / "explainer").head.state_dict()
+    assert saved.keys() == head.keys()
+    assert all(torch.equal(saved[name], head[name]) for name in head)
+
+
+def test_changed_arguments_are_refused_by_name(server: Any, backbone: str, folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    argv = arguments(backbone, folder, output, "--steps", "6", "--save_every", "2", "--workers", "0")
+    run = Run(server, argv)
+    run.wait_for_step(4)
+    run.send(signal.SIGTERM)
+    run.wait(130 if not (output / "explainer").exists() else 0)
+    for changed, message in (
+        (["--batch_size", "4"], "--batch_size was 8, now 4"),
+        (["--workers", "1", "--seed", "3"], "--seed was 0, now 3; --workers was 0, now 1"),
+        (["--area_weight", "1"], "--area_weight was 2.0, now 1.0"),
+    ):
+        text = Run(server, [*argv, "--resume", *changed]).wait(1)
+        assert message in text
+    assert "--processes was 1, now 2" in Run(server, [*argv, "--resume"], 2).wait(1)
+    Run(server, [*argv, "--resume", "--save_every", "3", "--log_every", "2"]).wait()
+
+
+def test_two_processes_follow_one(server: Any, backbone: str, tmp_path: Path) -> None:
+    """A global batch of 32 that is the whole dataset: every step sees the same views, however they are dealt."""
+    (tmp_path / "data").mkdir()
+    for seed in range(32):
+        picture(seed).save(tmp_path / "data" / f"{seed:02d}.png")
+    heads = []
+    for ranks in (1, 2):
+        output = tmp_path / str(ranks)
+        argv = arguments(backbone, tmp_path / "data", output, "--steps", "12", "--workers", "0", "--no_batch_norm")
+        argv += ["--window", "64", "--batch_size", str(32 // ranks), "--optimizer", "sgd", "--learning_rate", "1e-2"]
+        Run(server, argv, ranks).wait()
+        heads.append(load_file(output / "explainer" / "model.safetensors"))
+    start = TTameModel.from_backbone(backbone, batch_norm=False).state_dict()
+    moved = False
+    for name in heads[0]:
+        torch.testing.assert_close(heads[0][name], heads[1][name], rtol=0, atol=1e-4)
+        moved |= bool((heads[0][name] - start[name]).abs().max() > 1e-3)
+    assert moved, "training that changes nothing proves nothing"
+    assert int(heads[1]["head.class_counts"].sum()) == 12 * 32
+
+
+def test_running_statistics_are_averaged(server: Any, backbone: str, folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "two"
+    argv = arguments(backbone, folder, output, "--steps", "3", "--workers", "0")
+    Run(server, argv, 2).wait()
+    saved = load_file(output / "explainer" / "model.safetensors")
+    own = [
+        torch.load(output / "checkpoint-00000003" / f"process_{rank}.pt", weights_only=True)["buffers"][0]
+        for rank in range(2)
+    ]
+    name = "bns.0.running_mean"
+    assert not torch.allclose(own[0][name], own[1][name], rtol=1e-3)
+    torch.testing.assert_close(saved[f"head.{name}"], (own[0][name] + own[1][name]) / 2)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--mixed_precision", "bf16", "--accumulate", "2", "--clip_norm", "0.1", "--optimizer", "sgd"],
+        ["--class_set", "own", "--fill", "blur", "--no_channels_last", "--min_crop", "0.4", "--no_streaming"],
+    ],
+)
+def test_options_train(server: Any, backbone: str, folder: Path, tmp_path: Path, more: list[str]) -> None:
+    output = tmp_path / "run"
+    Run(server, arguments(backbone, folder, output, "--steps", "6", "--workers", "0", *more)).wait()
+    head = load_file(output / "explainer" / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in head.values())
+    assert int(head["head.class_counts"].sum()) == 6 * 8 * (2 if "--accumulate" in more else 1)
+    log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    assert len(log) == 6
+    assert 0 < log[-1]["mask_area"] < 1
+
+
+def test_data_that_cannot_train(server: Any, backbone: str, parquet: Path, tmp_path: Path) -> None:
+    def refused(data: Path, *more: str) -> str:
+        output = tmp_path / "refused"
+        return Run(server, arguments(backbone, data, output, "--workers", "0", *more)).wait(1)
+
+    assert "image column 'photo' is not in the dataset; its columns: image, label" in refused(
+        parquet, "--image_column", "photo"
+    )
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    rows = datasets.Dataset.from_dict({"image": []}, features=datasets.Features(image=datasets.Image()))
+    rows.to_parquet(str(empty / "train.parquet"))
+    assert "the dataset is empty" in refused(empty)
+    assert "more than the share of 0.01 that --max_unreadable allows" in refused(parquet, "--max_unreadable", "0.01")
+    if importlib.util.find_spec("wandb") is None:
+        assert "needs its package; run: pip install wandb" in refused(parquet, "--report_to", "wandb")
+    assert "--sync_batch_norm exists on GPUs only" in refused(parquet, "--sync_batch_norm")
+    few = tmp_path / "few"
+    few.mkdir()
+    for seed in range(3):
+        picture(seed).save(few / f"{seed}.png")
+    Run(server, arguments(backbone, few, tmp_path / "few_run", "--steps", "4", "--workers", "0")).wait()
+    assert json.loads((tmp_path / "few_run" / "report.json").read_text())["pictures"] == 32, "batches of 8 from 3"

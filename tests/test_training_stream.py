@@ -1,0 +1,157 @@
+"""The stream: every picture once per epoch, whatever the shards; resumed exactly; damaged pictures shift nothing."""
+
+import copy
+import io
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+
+from training.data import open_stream
+from training.stream import TrainingStream, make_loader
+
+pytestmark = pytest.mark.filterwarnings("ignore:'set_vital'", "ignore:This DataLoader will create")
+
+PICTURES = 53
+DAMAGED = (4, 17, 18, 40)
+
+
+def encoded(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.effect_noise((10, 10), 50).convert("RGB").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def rows() -> datasets.Dataset:
+    cells = [encoded(seed) if seed not in DAMAGED else b"damaged" for seed in range(PICTURES)]
+    return datasets.Dataset.from_dict(
+        {"image": [{"bytes": cell, "path": None} for cell in cells]},
+        features=datasets.Features(image=datasets.Image(decode=False)),
+    )
+
+
+def make(rows: datasets.Dataset, shards: int, **settings: Any) -> TrainingStream:
+    settings = {"window": 7, **settings}
+    return TrainingStream(rows.to_iterable_dataset(num_shards=shards), "image", (8, 8), **settings)
+
+
+def take(stream: TrainingStream, workers: int, batches: int, batch_size: int = 4) -> list[dict[str, Any]]:
+    loader = iter(make_loader(stream, batch_size, workers))
+    return list(islice(loader, batches))
+
+
+def pictures(batches: list[dict[str, Any]], epoch: int) -> list[tuple[int, int]]:
+    """(shard, row) of the readable pictures of one epoch, in the order in which they came."""
+    return [(shard, row) for batch in batches for e, shard, row in batch["pictures"] if e == epoch]
+
+
+@pytest.mark.parametrize("shards", [1, 2, 5, 7])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_every_picture_once_per_epoch_and_rank(rows: datasets.Dataset, shards: int, ranks: int) -> None:
+    whole = sorted(pictures(take(make(rows, shards), 0, 30), 0))
+    assert len(whole) == len(set(whole)) == PICTURES - len(DAMAGED)
+    for epoch in (0, 1):
+        dealt = [pictures(take(make(rows, shards, rank=rank, ranks=ranks), 0, 50), epoch) for rank in range(ranks)]
+        assert sorted(picture for rank in dealt for picture in rank) == whole
+
+
+@pytest.mark.parametrize(("shards", "ranks", "workers"), [(3, 2, 2), (7, 1, 2), (1, 1, 3)])
+def test_every_picture_once_per_epoch_with_workers(
+    rows: datasets.Dataset, shards: int, ranks: int, workers: int
+) -> None:
+    whole = sorted(pictures(take(make(rows, shards), 0, 30), 0))
+    found = []
+    for rank in range(ranks):
+        batches = take(make(rows, shards, rank=rank, ranks=ranks), workers, 30)
+        found += pictures(batches, 0)
+        assert all(len(batch["pictures"]) == 4 for batch in batches), "batches run across the ends of epochs"
+    assert sorted(found) == whole
+
+
+def test_order_and_crops(rows: datasets.Dataset) -> None:
+    a, b, c = (take(make(rows, 3, seed=seed), 0, 40) for seed in (1, 1, 2))
+    assert all(torch.equal(x["pixels"], y["pixels"]) for x, y in zip(a, b, strict=True))
+    assert pictures(a, 0) != pictures(c, 0)
+    assert pictures(a, 0) != pictures(a, 1)
+    assert sorted(pictures(a, 0)) == sorted(pictures(c, 0))
+
+    def views(batches: list[dict[str, Any]]) -> dict[Any, torch.Tensor]:
+        return {name: view for batch in batches for name, view in zip(batch["pictures"], batch["pixels"], strict=True)}
+
+    # A crop belongs to the seed, the epoch and the picture, whoever reads it.
+    one, two = views(a), views(take(make(rows, 3, seed=1, rank=1, ranks=2, window=20), 0, 10))
+    common = one.keys() & two.keys()
+    assert len(common) > 20
+    assert all(torch.equal(one[name], two[name]) for name in common)
+    assert any(not torch.equal(one[0, *name], one[1, *name]) for name in pictures(a, 1))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("shards", [1, 7])
+def test_a_resumed_stream_continues_exactly(rows: datasets.Dataset, shards: int, workers: int) -> None:
+    loader = make_loader(make(rows, shards, rank=1, ranks=2), 4, workers)
+    batches = iter(loader)
+    states = []
+    seen = []
+    for _ in range(26):  # four epochs of this rank, with window and epoch ends in the middle of batches
+        states.append(copy.deepcopy(loader.state_dict()))
+        seen.append(next(batches))
+    for start in (1, 6, 7, 13, 20):
+        again = make_loader(make(rows, shards, rank=1, ranks=2), 4, workers)
+        again.load_state_dict(states[start])
+        for expected, found in zip(seen[start : start + 6], again, strict=False):
+            assert found["pictures"] == expected["pictures"]
+            assert found["unreadable"] == expected["unreadable"]
+            assert torch.equal(found["pixels"], expected["pixels"])
+
+
+def test_damaged_pictures_are_named_once_per_epoch(rows: datasets.Dataset) -> None:
+    batches = take(make(rows, 1), 0, 49, batch_size=1)  # the readable pictures of one epoch
+    named = [name for batch in batches for name in batch["unreadable"]]
+    # One that comes after the last readable picture of an epoch is named with the first of the next.
+    named += take(make(rows, 1), 0, 50, batch_size=1)[-1]["unreadable"]
+    first = [name for name in named if any(f"row {row})" in name for row in DAMAGED)]
+    assert len(first) >= len(DAMAGED)
+    assert {int(name.split("row ")[1].split(")")[0]) for name in first} == set(DAMAGED)
+    assert all("cannot be read" in name for name in first)
+
+
+def test_too_many_damaged_pictures_stop_the_stream(rows: datasets.Dataset) -> None:
+    assert take(make(rows, 3, max_unreadable=0.1), 0, 40)
+    with pytest.raises(ValueError, match=r"4 of 53 pictures cannot be decoded, more than the share of 0\.07"):
+        take(make(rows, 3, max_unreadable=0.07), 0, 40)
+    with pytest.raises(ValueError, match="none of the 1 pictures"):
+        take(make(rows.select([4]), 1), 0, 1)
+    with pytest.raises(ValueError, match=r"more than the share of 0\.07"):
+        take(make(rows, 3, max_unreadable=0.07), 2, 40)
+
+
+def test_an_empty_dataset_stops_the_stream(rows: datasets.Dataset, tmp_path: Path) -> None:
+    rows.select([]).to_parquet(str(tmp_path / "train.parquet"))
+    with pytest.raises(ValueError, match="the dataset is empty"):
+        take(TrainingStream(open_stream(str(tmp_path)), "image", (8, 8)), 0, 1)
+
+
+def test_fewer_pictures_than_slots(rows: datasets.Dataset) -> None:
+    batches = take(make(rows.select(range(3)), 1), 0, 5)
+    assert all(len(batch["pictures"]) == 4 for batch in batches), "three pictures fill batches of four"
+    assert take(make(rows.select(range(1)), 1, rank=1, ranks=2), 0, 5) == []
+
+
+def test_held_out_pictures_never_train(rows: datasets.Dataset) -> None:
+    stream = make(rows, 5, holdout=0.3)
+    kept = {cell["bytes"] for cell in stream.held_out(1000)}
+    trained = {(shard, row) for epoch in (0, 1) for shard, row in pictures(take(stream, 0, 25), epoch)}
+    everything = {(shard, row): cell["bytes"] for shard in range(5) for row, cell in enumerate(stream._cells(shard))}
+    assert 5 < len(kept) < 25
+    assert len(kept) + len([cell for cell in everything.values() if cell not in kept]) <= PICTURES
+    assert not kept & {everything[place] for place in trained}
+    assert len(make(rows, 5, holdout=0.3).held_out(4)) == 4
+    assert [c["bytes"] for c in make(rows, 5, holdout=0.3, seed=9).held_out(4)] == [
+        c["bytes"] for c in make(rows, 5, holdout=0.3).held_out(4)
+    ]

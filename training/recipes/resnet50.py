@@ -1,0 +1,39 @@
+"""ResNet-50 on ImageNet-1k, as in the paper or with the warm start.
+
+    python training/recipes/resnet50.py OUTPUT              # the paper's settings
+    python training/recipes/resnet50.py OUTPUT --warm       # ours: the head starts as the class activation map
+
+Further arguments go to training/train.py (`--resume`, `--report_to tensorboard`, `--batch_size 256 --steps 40000`).
+
+Data: ILSVRC/imagenet-1k, streamed from the Hub (gated: accept its terms, `hf auth login`); a local copy with
+`--dataset FOLDER`. Settings of the paper: 8 epochs of batch 32 (320,300 steps), SGD with Nesterov momentum 0.9, weight
+decay 5e-4 not on biases, OneCycle to 1e-3, fp16, crop 224 of 256, flip, black fill, validation on 2,000 pictures.
+With --warm: AdamW, 20,000 steps.
+
+Hardware: one GPU with 16 GB. Expected time and figures: not measured by us at this size; this recipe was never run to
+its end. Checked here: the same script, stream and settings on small data (tests/test_training_run.py), and the cost of
+a step (benchmarks/training.py). The paper reports its own figures.
+"""
+
+import sys
+
+from launch import train
+
+PAPER = ["--steps", "320300", "--optimizer", "sgd", "--learning_rate", "1e-3", "--weight_decay", "5e-4"]
+PAPER += ["--head_init", "random", "--mixed_precision", "fp16"]
+WARM = ["--steps", "20000", "--head_init", "classifier", "--mixed_precision", "bf16"]
+
+
+def main() -> None:
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        sys.exit(__doc__)
+    further = [argument for argument in sys.argv[2:] if argument != "--warm"]
+    settings = WARM if "--warm" in sys.argv else PAPER
+    command = ["--backbone", "timm/resnet50.tv_in1k", "--dataset", "ILSVRC/imagenet-1k", "--output", sys.argv[1]]
+    command += ["--batch_size", "32", "--workers", "8", "--save_every", "1000", "--validate_every", "10000"]
+    command += ["--validation", "ILSVRC/imagenet-1k", "--validation_size", "2000", *settings]
+    train(*command, further=further)
+
+
+if __name__ == "__main__":
+    main()

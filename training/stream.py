@@ -1,0 +1,206 @@
+"""The endless training stream of one process: shuffled, sharded, and resumable to the picture.
+
+What is exact, and how:
+
+- The shards of the dataset are dealt evenly to slots, one slot per process and worker. Shards that are left over, all
+  of them where there are fewer shards than slots, are read by every slot, which keeps every `slots`-th picture of
+  them. So every picture belongs to exactly one slot, whatever the number of shards.
+- A slot reads its shards in an order shuffled anew at every epoch, fills a window with undecoded pictures and hands
+  them out in a shuffled order. Its state is {epoch, position, row, offset}: the epoch, where in it the window began
+  (shard and row), and how far into the window it is. To continue, the window is read again and its first pictures are
+  passed over.
+- A picture's crop depends on the seed, the epoch and the picture alone, not on the slot that reads it.
+- An unreadable picture is passed over like any other, so it shifts nothing.
+
+Slots do not wait for each other: each begins its next epoch when its own pictures are used up.
+"""
+
+import signal
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from .data import augment, decode, undecoded
+
+_CHUNK = 32  # rows read at once
+_ENOUGH = 100  # pictures after which the share of unreadable ones says something
+_ORDER, _WINDOW, _VIEW, _HOLDOUT = range(4)  # what a random generator is for
+
+
+class TrainingStream(IterableDataset):
+    """Endless views of the pictures of one process, with the state of the slot that reads them.
+
+    Yields {"pixels": (H, W, 3) uint8, "picture": (epoch, shard, row), "unreadable": what was passed over before}.
+
+    Args:
+        dataset: from `open_stream`.
+        column: holds the pictures.
+        size: (H, W) of a view.
+        seed: of the order and the crops.
+        window: pictures that are shuffled together; they are held undecoded, about 0.1 MB each.
+        min_scale: see `augment`.
+        rank, ranks: this process and their number.
+        holdout: share of the pictures that is never yielded; `held_out` reads them.
+        max_unreadable: the largest share of unreadable pictures that is passed over, in [0, 1].
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.IterableDataset,
+        column: str,
+        size: tuple[int, int],
+        *,
+        seed: int = 0,
+        window: int = 2048,
+        min_scale: float = 1.0,
+        rank: int = 0,
+        ranks: int = 1,
+        holdout: float = 0.0,
+        max_unreadable: float = 1.0,
+    ):
+        self.dataset = undecoded(dataset, column)
+        self.column = column
+        self.size = size
+        self.seed = seed
+        self.window = window
+        self.min_scale = min_scale
+        self.rank = rank
+        self.ranks = ranks
+        self.holdout = holdout
+        self.max_unreadable = max_unreadable
+        self.state = {"epoch": 0, "position": 0, "row": 0, "offset": 0, "read": 0, "unreadable": 0}
+
+    def state_dict(self) -> dict[str, int]:
+        return dict(self.state)
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.state = dict(state)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        slot, slots = self.rank * workers + worker, self.ranks * workers
+        state = self.state
+        skipped: list[str] = []
+        while True:
+            epoch, start = state["epoch"], (state["position"], state["row"])
+            rows = self._rows(epoch, slot, slots, start)
+            while cells := list(islice(rows, self.window)):
+                order = np.random.default_rng((self.seed, _WINDOW, epoch, slot, *start)).permutation(len(cells))
+                for offset in range(state["offset"], len(cells)):
+                    _, shard, row, cell = cells[order[offset]]
+                    state["offset"] = offset + 1
+                    state["read"] += 1
+                    generator = np.random.default_rng((self.seed, _VIEW, epoch, shard, row))
+                    try:
+                        side = round(2 * max(self.size) / self.min_scale**0.5)
+                        pixels = augment(decode(cell, side), self.size, generator, self.min_scale)
+                    except ValueError as error:
+                        state["unreadable"] += 1
+                        skipped.append(f"{_name(cell, shard, row)}: {error}")
+                        if state["read"] >= _ENOUGH:
+                            self._check_share(skipped)
+                        continue
+                    yield {"pixels": pixels, "picture": (epoch, shard, row), "unreadable": skipped}
+                    skipped = []
+                start = cells[-1][0]
+                state.update(position=start[0], row=start[1], offset=0)
+            if start == (0, 0):
+                if slots == 1:
+                    raise ValueError("the dataset is empty")
+                return  # fewer pictures than slots
+            self._check_share(skipped)
+            state.update(epoch=epoch + 1, position=0, row=0, offset=0)
+
+    def _rows(
+        self, epoch: int, slot: int, slots: int, start: tuple[int, int]
+    ) -> Iterator[tuple[tuple[int, int], int, int, Any]]:
+        """(where to continue after it, shard, row, cell) of every picture of one slot and epoch, from `start` on."""
+        shards = self.dataset.num_shards
+        dealt = shards // slots * slots
+        mine = [(shard, True) for shard in range(slot, dealt, slots)]
+        mine += [(shard, False) for shard in range(dealt, shards)]
+        order = np.random.default_rng((self.seed, _ORDER, epoch, slot)).permutation(len(mine))
+        for position in range(start[0], len(mine)):
+            shard, whole = mine[order[position]]
+            first = start[1] if position == start[0] else 0
+            for row, cell in enumerate(self._cells(shard)):
+                ours = whole or (row + shard) % slots == slot
+                if row >= first and ours and not (self.holdout and self._is_held_out(shard, row)):
+                    yield (position, row + 1), shard, row, cell
+
+    def _cells(self, shard: int) -> Iterator[Any]:
+        # Not `for ... in dataset`: inside a worker that would split the shard among the workers once more.
+        for rows in self.dataset.shard(self.dataset.num_shards, shard).iter(batch_size=_CHUNK):
+            yield from rows[self.column]
+
+    def _is_held_out(self, shard: int, row: int) -> bool:
+        """Whether a picture is kept for validation; the same for every seed, process and worker."""
+        return np.random.default_rng((_HOLDOUT, shard, row)).random() < self.holdout
+
+    def held_out(self, count: int) -> list[Any]:
+        """Up to `count` undecoded cells of the share that is kept for validation, from shards in a shuffled order."""
+        shards = np.random.default_rng(_HOLDOUT).permutation(self.dataset.num_shards)
+        cells = (
+            cell for shard in shards for row, cell in enumerate(self._cells(shard)) if self._is_held_out(shard, row)
+        )
+        return list(islice(cells, count))
+
+    def _check_share(self, skipped: list[str]) -> None:
+        read, unreadable = self.state["read"], self.state["unreadable"]
+        if read and unreadable == read:
+            raise ValueError(f"none of the {read} pictures read so far can be decoded; the last: {skipped[-1]}")
+        if unreadable > self.max_unreadable * read:
+            last = f"; the last: {skipped[-1]}" if skipped else ""
+            raise ValueError(
+                f"{unreadable} of {read} pictures cannot be decoded, more than the share of "
+                f"{self.max_unreadable} that --max_unreadable allows{last}"
+            )
+
+
+def _name(cell: Any, shard: int, row: int) -> str:
+    path = cell.get("path") if isinstance(cell, dict) else cell if isinstance(cell, str) else None
+    return f"{path or 'picture'} (shard {shard}, row {row})"
+
+
+def collate(views: list[dict[str, Any]]) -> dict[str, Any]:
+    """{"pixels": (B, H, W, 3) uint8, "pictures": B of (epoch, shard, row), "unreadable": names}."""
+    return {
+        "pixels": torch.stack([view["pixels"] for view in views]),
+        "pictures": [view["picture"] for view in views],
+        "unreadable": [name for view in views for name in view["unreadable"]],
+    }
+
+
+def _start_worker(_: int) -> None:
+    """A worker ends with its process: Ctrl-C and SIGTERM are the training's to handle."""
+    import fsspec.asyn
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    fsspec.asyn.reset_lock()  # a lock that is held while forking would never be released
+
+
+def make_loader(
+    stream: TrainingStream, batch_size: int, workers: int, pin_memory: bool = False
+) -> "StatefulDataLoader[dict[str, Any]]":
+    """Batches of the stream; `state_dict()` of the loader says exactly which batches were handed out."""
+    return StatefulDataLoader(
+        stream,
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        worker_init_fn=_start_worker,
+        generator=torch.Generator().manual_seed(0),  # the global one is left alone
+        prefetch_factor=4 if workers else None,
+        # Forked workers see that their process was killed and end; those of a fork server (Python 3.14) would stay.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+    )

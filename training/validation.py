@@ -1,0 +1,135 @@
+"""Average drop, increase in confidence and mask area on pictures that training never sees."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from hf_ttame import TTameModel
+from hf_ttame.image_processing import preprocess
+from hf_ttame.masking import resize_maps
+from hf_ttame.metrics.confidence import bootstrap_interval, drops, increases, masked_confidence
+from hf_ttame.visualization import overlay
+
+from .data import decode
+
+_SAMPLES = 8  # pictures that are drawn at every validation
+_THUMBNAIL = 160  # pixels
+
+
+class HeldOut:
+    """Pictures prepared once, the same at every validation.
+
+    Args:
+        model: its image processor prepares them.
+        cells: undecoded pictures; unreadable ones are left out.
+
+    Raises:
+        ValueError: none can be read.
+    """
+
+    def __init__(self, model: TTameModel, cells: Sequence[Any]):
+        pictures = []
+        for cell in cells:
+            try:
+                pictures.append(decode(cell))
+            except ValueError:
+                continue
+        if not pictures:
+            raise ValueError(
+                f"none of the {len(cells)} pictures for validation can be read; raise --holdout or give --validation"
+            )
+        self.pixel_values = preprocess(model.image_processor, pictures)
+
+    def __len__(self) -> int:
+        return len(self.pixel_values)
+
+
+@torch.no_grad()
+def validate(
+    model: TTameModel, held_out: HeldOut, accelerator: Accelerator, batch_size: int
+) -> dict[str, torch.Tensor]:
+    """Per picture: "AD soft 100" ... "IC binary 15" in percent, "mask area" in [0, 1]; in every process the same.
+
+    The map is the explainer's own (`scale_maps`); "mask area" is the mean of the sigmoid, which the loss sees.
+    """
+    mine = held_out.pixel_values[accelerator.process_index :: accelerator.num_processes]
+    parts: list[dict[str, torch.Tensor]] = []
+    for pixel_values in mine.split(batch_size):
+        pixel_values = pixel_values.to(accelerator.device).contiguous(memory_format=torch.channels_last)
+        output = model(pixel_values)
+        targets = output.class_ids[:, 0]
+        p = output.logits.float().softmax(dim=1)[torch.arange(len(targets)), targets]
+        maps = model.scale_maps(output.map_logits[:, 0].float())
+        found = masked_confidence(
+            lambda x: model.classify(x).float().softmax(dim=1), pixel_values, targets, maps, model.fill()
+        )
+        found.pop("mean")
+        part = {"mask area": output.map_logits.float().sigmoid().mean(dim=(1, 2, 3))}
+        for name, masked in found.items():
+            part[f"AD {name}"] = drops(p, masked)
+            part[f"IC {name}"] = increases(p, masked)
+        parts.append({name: values.cpu() for name, values in part.items()})
+    everyone: list[Any] = [parts]
+    if accelerator.num_processes > 1:
+        everyone = [None] * accelerator.num_processes
+        torch.distributed.all_gather_object(everyone, parts)
+    joined = [part for process in everyone for part in process]
+    return {name: torch.cat([part[name] for part in joined]) for name in joined[0]}
+
+
+def summary(values: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Means per measure and "score": mean AD less mean IC over soft and binary masks, lower is better.
+
+    Binary masks have equal areas, so that a bright map alone does not score.
+    """
+    means = {name: round(float(column.mean()), 3) for name, column in values.items()}
+    lost = [mean for name, mean in means.items() if name.startswith("AD")]
+    gained = [mean for name, mean in means.items() if name.startswith("IC")]
+    return {**means, "score": round(sum(lost) / len(lost) - sum(gained) / len(gained), 3)}
+
+
+def intervals(values: dict[str, torch.Tensor]) -> dict[str, list[float]]:
+    """95 percent bootstrap interval of the mean of every measure."""
+    return {name: [round(bound, 3) for bound in bootstrap_interval(column)] for name, column in values.items()}
+
+
+@torch.no_grad()
+def draw_samples(model: TTameModel, held_out: HeldOut, device: torch.device) -> list[Image.Image]:
+    """The maps of the first eight pictures over them, as small pictures."""
+    pixel_values = held_out.pixel_values[:_SAMPLES].to(device)
+    output = model(pixel_values)
+    height, width = pixel_values.shape[-2:]
+    maps = resize_maps(model.scale_maps(output.map_logits[:, 0].float()), (height, width)).cpu().numpy()
+    drawn = []
+    for picture, values in zip(to_pictures(model, pixel_values), maps, strict=True):
+        drawn.append(overlay(picture, values, values >= 0).resize((_THUMBNAIL, _THUMBNAIL)))
+    return drawn
+
+
+def to_pictures(model: TTameModel, pixel_values: torch.Tensor) -> list[Image.Image]:
+    """Pixel values (B, 3, H, W) as the pictures that the classifier sees."""
+    scale, shift = torch.tensor(model.config.pixel_scale), torch.tensor(model.config.pixel_shift)
+    pixels = (pixel_values.cpu().permute(0, 2, 3, 1) - shift) / scale
+    return [Image.fromarray(p) for p in (pixels.clamp(0, 1) * 255).round().to(torch.uint8).numpy()]
+
+
+def collapse(area: float) -> str | None:
+    """Advice where the mask has become all ones or all zeros; None where it has not.
+
+    Args:
+        area: mean of the masks of the explained classes, in [0, 1], over many steps.
+    """
+    if area > 0.97:
+        return (
+            f"the mask has collapsed to all ones (mean {area:.3f}): it hides nothing. Raise --area_weight, "
+            "lower --learning_rate, or compare --fill black, mean and blur"
+        )
+    if area < 0.03:
+        return (
+            f"the mask has collapsed to all zeros (mean {area:.3f}): it keeps nothing. Lower --area_weight or "
+            "--learning_rate, and check that the classifier recognises these pictures at all"
+        )
+    return None
