@@ -48,7 +48,7 @@ class Accumulator:
         return np.array([self.rows[key].get(name, np.nan) for key in sorted(self.rows)], dtype=np.float64)
 
     def gather(self) -> "Accumulator":
-        """The rows of all processes, the same on every one; alone, this one's. Needs accelerate only where many run."""
+        """The rows of all processes, the same on every one; alone, this one's."""
         everywhere = Accumulator()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             from accelerate.utils import gather_object

@@ -84,5 +84,7 @@ def masked_confidence(
         masks[f"soft {100 * fraction:.0f}"] = kept * scaled
         masks[f"binary {100 * fraction:.0f}"] = kept
     for name, mask in masks.items():
-        found[name] = judge(apply_mask(pixel_values, mask, black), targets).confidence
+        # Where a mask is 1 the pixel itself stands: rounding must not make an all-ones map an increase in confidence.
+        masked = torch.where(mask[:, None] == 1, pixel_values, apply_mask(pixel_values, mask, black))
+        found[name] = judge(masked, targets).confidence
     return found

@@ -1,6 +1,6 @@
 """ROAD: remove pixels in the order of a map and debias by imputing them (Rong et al., arXiv 2202.00449).
 
-A removed pixel becomes the weighted mean of its eight neighbours (1/6 beside, 1/12 diagonal), of which some are removed
+A removed pixel becomes the weighted mean of its eight neighbours (1/6 beside, 1/12 diagonal), some of them removed
 themselves: one sparse symmetric system per picture. All pictures and channels of a batch are solved at once, by
 conjugate gradients whose products with the matrix are 3 x 3 convolutions, preconditioned with a multigrid cycle; a
 little noise is added to the solution so that no classifier can tell imputed regions by their smoothness.
