@@ -165,7 +165,7 @@ def evaluate(
     output: Annotated[Path, _OUTPUT] = Path("evaluation"),
     split: Annotated[str, typer.Option(help="Split of the dataset.")] = "validation",
     limit: Annotated[int | None, typer.Option(help="Images; default: all.")] = None,
-    curve_limit: Annotated[int, typer.Option(help="Images for ROAD, insertion and deletion.")] = 200,
+    curve_limit: Annotated[int, typer.Option(help="The first so many for ROAD, insertion, deletion.")] = 100,
     mosaics: Annotated[int, typer.Option(help="2 x 2 mosaics for grid pointing.")] = 100,
     where: Annotated[str | None, _WHERE] = None,
     box_column: Annotated[str | None, _BOXES] = None,
@@ -182,11 +182,12 @@ def evaluate(
     if groups == ["all"]:
         groups = ["confidence", "adcc", "road", "insertion-deletion", "mosaic", "sanity"]
     checks = {"images": sanity_images, "steps": sanity_steps, "judge": judge} if "sanity" in groups else None
-    plan = dict(
-        dataset=dataset, split=split, limit=limit, curve_limit=curve_limit, mosaics=mosaics, where=where,
-        box_column=box_column, image_column=image_column, batch_size=batch_size, seed=seed, methods=("ttame",),
-        metrics=tuple(name for name in groups if name != "sanity") or ("confidence",),
-    )  # fmt: skip
+    plan = {
+        **{"dataset": dataset, "split": split, "limit": limit, "curve_limit": curve_limit, "mosaics": mosaics},
+        **{"where": where, "box_column": box_column, "image_column": image_column},
+        **{"batch_size": batch_size, "seed": seed, "methods": ("ttame",)},
+        "metrics": tuple(name for name in groups if name != "sanity") or ("confidence",),
+    }
     _measure(model, backbone, plan, output, checks)
 
 
@@ -206,8 +207,8 @@ def compare(
     output: Annotated[Path, _OUTPUT] = Path("comparison"),
     split: Annotated[str, typer.Option(help="Split of the dataset.")] = "validation",
     limit: Annotated[int | None, typer.Option(help="Images; default: all.")] = None,
-    slow_limit: Annotated[int, typer.Option(help="Images for methods with dozens of passes per map.")] = 100,
-    curve_limit: Annotated[int, typer.Option(help="Images for ROAD, insertion and deletion.")] = 200,
+    slow_limit: Annotated[int, typer.Option(help="The first so many for methods with dozens of passes.")] = 100,
+    curve_limit: Annotated[int, typer.Option(help="The first so many for ROAD, insertion, deletion.")] = 100,
     mosaics: Annotated[int, typer.Option(help="2 x 2 mosaics for grid pointing.")] = 100,
     slow_mosaics: Annotated[int, typer.Option(help="The same for methods with dozens of passes per map.")] = 0,
     rise_masks: Annotated[int, typer.Option(help="Masks of RISE: its passes per map.")] = 4000,
@@ -222,13 +223,14 @@ def compare(
     _require("pytorch_grad_cam", "eval")
     from .baselines import MethodSettings
 
-    plan = dict(
-        dataset=dataset, split=split, limit=limit, slow_limit=slow_limit, curve_limit=curve_limit, mosaics=mosaics,
-        slow_mosaics=slow_mosaics, where=where, box_column=box_column, image_column=image_column,
-        batch_size=batch_size, seed=seed, methods=tuple(methods.replace(" ", "").split(",")),
-        metrics=tuple(metrics.replace(" ", "").split(",")),
-        settings=MethodSettings(rise_masks=rise_masks, batch_size=max(32, batch_size), seed=seed),
-    )  # fmt: skip
+    plan = {
+        **{"dataset": dataset, "split": split, "limit": limit, "slow_limit": slow_limit, "curve_limit": curve_limit},
+        **{"mosaics": mosaics, "slow_mosaics": slow_mosaics, "where": where, "box_column": box_column},
+        **{"image_column": image_column, "batch_size": batch_size, "seed": seed},
+        "methods": tuple(methods.replace(" ", "").split(",")),
+        "metrics": tuple(metrics.replace(" ", "").split(",")),
+        "settings": MethodSettings(rise_masks=rise_masks, batch_size=max(32, batch_size), seed=seed),
+    }
     _measure(model, backbone, plan, output, None)
 
 

@@ -70,8 +70,8 @@ class Plan:
         methods: names, see `baselines.ALL`; "all" and "trivial" are allowed. The explainer itself is always there.
         metrics: of METRICS; entropy, area and the mean mask value come with "confidence".
         limit: images; None: all.
-        slow_limit: images for methods with many passes per map (perturbation methods, integrated gradients).
-        curve_limit: images for ROAD, insertion and deletion.
+        slow_limit: the first so many images for methods with many passes per map (perturbation, integrated gradients).
+        curve_limit: the first so many images for ROAD, insertion and deletion.
         mosaics: at most so many 2 x 2 mosaics, four maps each.
         slow_mosaics: the same for methods with many passes per map, which also are not asked for ADCC.
         mosaic_confidence: images below are not used in mosaics.
@@ -90,7 +90,7 @@ class Plan:
     metrics: tuple[str, ...] = METRICS
     limit: int | None = None
     slow_limit: int = 100
-    curve_limit: int = 200
+    curve_limit: int = 100
     mosaics: int = 100
     slow_mosaics: int = 0
     mosaic_confidence: float = MOSAIC_CONFIDENCE

@@ -305,7 +305,9 @@ def _styles(methods: Sequence[str], kinds: dict[str, str]) -> dict[str, dict[str
     colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
     styles = {}
     for number, name in enumerate(methods):
-        own = {"color": "black", "linewidth": 2.5, "zorder": 5} if name == "ttame" else {"linewidth": 1.2}
+        own: dict[str, Any] = {"linewidth": 1.2}
+        if name == "ttame":
+            own = {"color": "black", "linewidth": 2.5, "zorder": 5}
         own.setdefault("color", colours[number % len(colours)])
         own["linestyle"] = {"trivial": ":", "perturbation": "--"}.get(kinds[name], "-")
         styles[name] = own

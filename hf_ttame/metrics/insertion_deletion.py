@@ -10,7 +10,7 @@ from .judging import Judge
 from .ordering import pixel_ranks
 
 STARTS = ("black", "mean", "blur")
-STEPS = 16
+STEPS = 12
 
 
 def blur(images: torch.Tensor, sigma: float) -> torch.Tensor:

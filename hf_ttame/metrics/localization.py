@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from ..masking import min_max
 
 TILES = 4
-MOSAIC_CONFIDENCE = 0.9  # only images classified with at least this confidence go into mosaics
+MOSAIC_CONFIDENCE = 0.7  # only images classified with at least this confidence go into mosaics
 
 
 def pointing_game(maps: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
