@@ -208,7 +208,7 @@ def test_watermarked_pictures_tell_the_class_in_the_region_alone() -> None:
 
 
 def test_the_watermark_experiment_runs() -> None:
-    found = checks.watermark(steps=4, images=4, batch_size=4)
+    found = checks.watermark(steps=4, size=64, side=24, images=4, batch_size=4)
     assert found.figures["n"] == 4
     assert not found.passed  # four steps teach nothing: the classifier's accuracy says so
     assert found.figures["accuracy"] < 0.95
