@@ -27,6 +27,7 @@ from .metrics import (
     Accumulator,
     adcc,
     area,
+    class_probability,
     coherency,
     confidence_curves,
     energy_inside,
@@ -247,10 +248,11 @@ def scan(model: TTameModel, images: Images, plan: Plan, bar: Any = None) -> Scan
     for batch in images.batches(plan.limit):
         output = model(batch.pixel_values)
         targets = output.class_ids[:, 0]
-        p = output.logits.float().softmax(dim=1).gather(1, targets[:, None])[:, 0]
+        p = class_probability(output.logits, targets)
         maps = model.scale_maps(output.map_logits[:, 0].float())
-        found.add(batch.indices.tolist(), {"target": targets, "p": p, "map": maps.half()})
+        found.add(batch.indices.tolist(), {"target": targets, "p": p})
         for row, index in enumerate(batch.indices.tolist()):
+            found.rows[index]["map"] = maps[row].half().cpu().numpy()
             if p[row] >= plan.mosaic_confidence and tiles < -(-room // images.world):
                 tile = half_size(batch.pixel_values[row : row + 1].float().contiguous(), size)[0]
                 found.rows[index]["tile"] = tile.half().cpu().numpy()
@@ -267,7 +269,7 @@ def scan(model: TTameModel, images: Images, plan: Plan, bar: Any = None) -> Scan
         indices=torch.tensor(keys),
         targets=torch.tensor([entry["target"] for entry in entries]),
         p=torch.tensor([entry["p"] for entry in entries]),
-        maps=torch.tensor(np.array([entry["map"] for entry in entries], dtype=np.float16)),
+        maps=torch.from_numpy(np.stack([entry["map"] for entry in entries])),
         tiles=torch.from_numpy(np.stack([entries[row]["tile"] for row in confident]).astype(np.float32))
         if confident
         else torch.zeros(0, 1, 1, 1),
