@@ -268,7 +268,7 @@ def watermarked(
 
 
 def watermark(
-    *, steps: int = 150, size: int = 96, side: int = 40, images: int = 64, batch_size: int = 16, seed: int = 0
+    *, steps: int = 150, size: int = 96, side: int = 32, images: int = 64, batch_size: int = 16, seed: int = 0
 ) -> Check:
     """(d) A small classifier that can only know its watermarks; a head trained on it must show them.
 
