@@ -27,8 +27,9 @@ from hf_ttame.demo import load_efficientnet_lite0
 from hf_ttame.features import inner_module, probe_layers
 from hf_ttame.image_processing import preprocess
 from hf_ttame.layer_choice import default_layers
-from hf_ttame.metrics.confidence import bootstrap_interval, drops, increases, masked_confidence
-from training.data import decode, image_column, open_stream
+from hf_ttame.metrics import judge_by, masked_confidence, paired_interval
+from hf_ttame.metrics.confidence import drops, increases
+from hf_ttame.pictures import decode, image_column, open_stream
 
 
 class Logits(nn.Module):
@@ -46,6 +47,12 @@ class Logits(nn.Module):
 def gaussian(size: int = 28) -> torch.Tensor:
     axis = torch.linspace(-1, 1, size)
     return torch.exp(-(axis[:, None] ** 2 + axis[None, :] ** 2) / (2 * 0.5**2))
+
+
+def interval(ours: torch.Tensor, theirs: torch.Tensor) -> list[float]:
+    found = paired_interval(ours.numpy(), theirs.numpy())
+    assert found is not None
+    return [round(found.low, 2), round(found.high, 2)]
 
 
 def main() -> None:
@@ -113,9 +120,7 @@ def main() -> None:
             }
             with torch.no_grad():
                 for method, batch in maps.items():
-                    measured = masked_confidence(
-                        lambda x: model.classify(x).softmax(dim=1), pixel_values, targets, batch, model.fill()
-                    )
+                    measured = masked_confidence(judge_by(model.classify), pixel_values, targets, batch, model.fill())
                     for name, masked in measured.items():
                         found.setdefault(method, {}).setdefault(name, []).append(masked)
 
@@ -136,10 +141,7 @@ def main() -> None:
             method: {name: round(float(v.mean()), 2) for name, v in table.items()} for method, table in values.items()
         },
         "difference_to_ttame_95": {
-            method: {
-                name: [round(x, 2) for x in bootstrap_interval(values[own][name].double() - v.double())]
-                for name, v in table.items()
-            }
+            method: {name: interval(values[own][name], v) for name, v in table.items()}
             for method, table in values.items()
             if not method.startswith("ttame")
         },

@@ -48,7 +48,8 @@ from hf_ttame.losses import ttame_loss
 from hf_ttame.masking import apply_mask, resize_maps
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `training` is the package, not this file
-from training.data import augment, decode, image_column, open_stream, undecoded
+from hf_ttame.pictures import decode, image_column, open_stream, undecoded
+from training.data import augment
 from training.stream import TrainingStream, collate, make_loader
 from training.train import keep_freed_memory, masking_losses
 

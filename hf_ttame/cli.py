@@ -144,6 +144,123 @@ def train(context: typer.Context) -> None:
     raise typer.Exit(subprocess.call(command, env=environment))
 
 
+_DATASET = typer.Option(help="Pictures: a Hub id, a folder of parquet files or of pictures, a parquet file.")
+_OUTPUT = typer.Option(help="Folder for the report; an interrupted run continues there.")
+_BACKBONE = typer.Option(
+    help="Folder or Hub id of a backbone that is not recorded; efficientnet-lite0: its package's."
+)
+_WHERE = typer.Option(help="Only some rows: 'column%N==R'.")
+_BOXES = typer.Option(help="Column of a box [left, top, right, bottom] in pixels of the picture.")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(help="Explainer: a folder, a Hub id, or efficientnet-lite0: the shipped one.")
+    ],
+    dataset: Annotated[str, _DATASET],
+    metrics: Annotated[
+        str, typer.Option(help="Comma-separated: confidence, adcc, road, insertion-deletion, mosaic, sanity; or all.")
+    ] = "confidence,adcc,road,insertion-deletion,mosaic",
+    output: Annotated[Path, _OUTPUT] = Path("evaluation"),
+    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "validation",
+    limit: Annotated[int | None, typer.Option(help="Images; default: all.")] = None,
+    curve_limit: Annotated[int, typer.Option(help="The first so many for ROAD, insertion, deletion.")] = 100,
+    mosaics: Annotated[int, typer.Option(help="2 x 2 mosaics for grid pointing.")] = 100,
+    where: Annotated[str | None, _WHERE] = None,
+    box_column: Annotated[str | None, _BOXES] = None,
+    image_column: Annotated[str | None, typer.Option(help="Column of the pictures; found if not given.")] = None,
+    backbone: Annotated[str | None, _BACKBONE] = None,
+    judge: Annotated[str | None, typer.Option(help="Sanity: another classifier, folder or Hub id.")] = None,
+    sanity_images: Annotated[int, typer.Option(help="Sanity: images to check on.")] = 64,
+    sanity_steps: Annotated[int, typer.Option(help="Sanity: steps of the heads that are trained.")] = 100,
+    batch_size: Annotated[int, typer.Option(help="Images per batch.")] = 16,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+) -> None:
+    """Measure one explainer: faithfulness, localisation, sanity. Writes a report with intervals and plots."""
+    groups = [name.strip() for name in metrics.split(",") if name.strip()]
+    if groups == ["all"]:
+        groups = ["confidence", "adcc", "road", "insertion-deletion", "mosaic", "sanity"]
+    checks = {"images": sanity_images, "steps": sanity_steps, "judge": judge} if "sanity" in groups else None
+    plan = {
+        **{"dataset": dataset, "split": split, "limit": limit, "curve_limit": curve_limit, "mosaics": mosaics},
+        **{"where": where, "box_column": box_column, "image_column": image_column},
+        **{"batch_size": batch_size, "seed": seed, "methods": ("ttame",)},
+        "metrics": tuple(name for name in groups if name != "sanity") or ("confidence",),
+    }
+    _measure(model, backbone, plan, output, checks)
+
+
+@app.command()
+def compare(
+    model: Annotated[
+        str, typer.Argument(help="Explainer: a folder, a Hub id, or efficientnet-lite0: the shipped one.")
+    ],
+    dataset: Annotated[str, _DATASET],
+    methods: Annotated[
+        str,
+        typer.Option(help="Comma-separated: all, trivial, gradcam, gradcam@LAYER, scorecam, rise, rollout, ..."),
+    ] = "all",
+    metrics: Annotated[
+        str, typer.Option(help="Comma-separated: confidence, adcc, road, insertion-deletion, mosaic.")
+    ] = "confidence,adcc,road,insertion-deletion,mosaic",
+    output: Annotated[Path, _OUTPUT] = Path("comparison"),
+    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "validation",
+    limit: Annotated[int | None, typer.Option(help="Images; default: all.")] = None,
+    slow_limit: Annotated[int, typer.Option(help="The first so many for methods with dozens of passes.")] = 100,
+    curve_limit: Annotated[int, typer.Option(help="The first so many for ROAD, insertion, deletion.")] = 100,
+    mosaics: Annotated[int, typer.Option(help="2 x 2 mosaics for grid pointing.")] = 100,
+    slow_mosaics: Annotated[int, typer.Option(help="The same for methods with dozens of passes per map.")] = 0,
+    rise_masks: Annotated[int, typer.Option(help="Masks of RISE: its passes per map.")] = 4000,
+    where: Annotated[str | None, _WHERE] = None,
+    box_column: Annotated[str | None, _BOXES] = None,
+    image_column: Annotated[str | None, typer.Option(help="Column of the pictures; found if not given.")] = None,
+    backbone: Annotated[str | None, _BACKBONE] = None,
+    batch_size: Annotated[int, typer.Option(help="Images per batch, and masked copies per pass.")] = 16,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+) -> None:
+    """Measure an explainer beside other methods, on the same images. Distributed under `accelerate launch`."""
+    _require("pytorch_grad_cam", "eval")
+    from .baselines import MethodSettings
+
+    plan = {
+        **{"dataset": dataset, "split": split, "limit": limit, "slow_limit": slow_limit, "curve_limit": curve_limit},
+        **{"mosaics": mosaics, "slow_mosaics": slow_mosaics, "where": where, "box_column": box_column},
+        **{"image_column": image_column, "batch_size": batch_size, "seed": seed},
+        "methods": tuple(methods.replace(" ", "").split(",")),
+        "metrics": tuple(metrics.replace(" ", "").split(",")),
+        "settings": MethodSettings(rise_masks=rise_masks, batch_size=max(32, batch_size), seed=seed),
+    }
+    _measure(model, backbone, plan, output, None)
+
+
+def _measure(
+    model: str, backbone: str | None, plan: dict[str, Any], output: Path, checks: dict[str, Any] | None
+) -> None:
+    """Run an evaluation; with `checks`, the sanity checks too."""
+    _quiet()
+    for module in ("accelerate", "datasets", "matplotlib"):
+        _require(module, "eval")
+    from accelerate import Accelerator
+
+    from .evaluation import Plan, compare
+
+    made = Plan(**plan)
+    accelerator = Accelerator()
+    explainer = _load(model, backbone)
+    sanity = None
+    if checks is not None:
+        from .sanity_checks import run_checks
+
+        sanity = run_checks(explainer.to(accelerator.device), made, say=accelerator.print, **checks)
+    report = compare(explainer, made, output, accelerator=accelerator, sanity=sanity)
+    if report:
+        typer.echo(
+            f"wrote {output / 'report.md'}, report.json and {', '.join(report['pictures'].values()) or 'no plots'}"
+        )
+    accelerator.end_training()
+
+
 def _require(module: str, extra: str) -> None:
     import importlib.util
 
@@ -154,9 +271,15 @@ def _require(module: str, extra: str) -> None:
 def _load(model: str, backbone: str | None) -> Any:
     from .modeling_ttame import TTameModel
 
+    module: Any = backbone
+    if "efficientnet-lite0" in (model, backbone):  # the one that the package ships a head for
+        from .demo import EXPLAINER, load_efficientnet_lite0
+
+        model = str(EXPLAINER) if model == "efficientnet-lite0" else model
+        module = load_efficientnet_lite0() if backbone in (None, "efficientnet-lite0") else backbone
     if not Path(model).exists() and model.count("/") != 1:
         raise ValueError(f"explainer {model!r} is neither a folder nor a Hub id of the form 'organisation/name'")
-    return TTameModel.from_pretrained(model, backbone=backbone)
+    return TTameModel.from_pretrained(model, backbone=module)
 
 
 def main() -> None:

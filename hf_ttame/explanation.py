@@ -16,7 +16,7 @@ class Explanation:
 
     map: (H, W) float32 in [0, 1] at the picture's own size, upright; 0 where not seen.
     seen: (H, W) bool, False where the preprocessing crop cut the pixel away.
-    image_index: position of the picture among those given. score: softmax probability of the class.
+    image_index: position of the picture among those given. score: the classifier's probability of the class.
     """
 
     map: np.ndarray

@@ -520,7 +520,9 @@ class TTameModel(PreTrainedModel):
         if missing := [key for key in info["missing_keys"] if key.startswith("head.")]:
             raise ValueError(f"{source!r} lacks the head's weights {sorted(missing)[:4]}; download or copy it again")
         check_finite(model.head)
-        hub_kwargs = {key: kwargs[key] for key in ("token", "cache_dir", "local_files_only") if key in kwargs}
+        hub_kwargs: dict[str, Any] = {
+            key: kwargs[key] for key in ("token", "cache_dir", "local_files_only") if key in kwargs
+        }
         hub_kwargs |= attention
         model._load_backbone(source, backbone, strict, kwargs.get("revision"), kwargs.get("dtype"), hub_kwargs)
         return (model, info) if loading_info else model

@@ -41,7 +41,7 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for name in ("demo", "explain", "layers", "train"):
+    for name in ("demo", "explain", "layers", "train", "evaluate", "compare"):
         assert name in done.stdout
 
 
@@ -158,3 +158,19 @@ def test_a_missing_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -
         load_efficientnet_lite0()
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'hf-ttame\[train\]'"):
         _require("datasets", "train")
+
+
+def test_evaluate_reports_on_one_explainer(explainer: Path, photo: Callable[..., Image.Image], tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(3):
+        photo(seed=number).save(folder / f"{number}.png")
+    common = ("evaluate", explainer, "--dataset", folder, "--output", tmp_path / "report")
+    done = ttame(*common, "--metrics", "confidence")
+    assert done.returncode == 0, done.stderr
+    assert "report.md" in done.stdout
+    assert "| ttame |" in (tmp_path / "report" / "report.md").read_text()
+    wrong = ttame(*common, "--metrics", "speed")
+    assert wrong.returncode == 1
+    assert "metrics must be of confidence" in wrong.stderr
+    assert "Traceback" not in wrong.stderr

@@ -5,7 +5,8 @@ import torch
 
 from hf_ttame.masking import min_max
 from hf_ttame.metrics import average_drop, increase_in_confidence
-from hf_ttame.metrics.confidence import bootstrap_interval, drops, masked_confidence
+from hf_ttame.metrics.confidence import drops, masked_confidence
+from hf_ttame.metrics.judging import Judgement
 
 
 def test_average_drop_and_increase_by_hand() -> None:
@@ -26,10 +27,10 @@ def test_what_is_no_probability_is_refused(p: list[float], p_masked: list[float]
         average_drop(torch.tensor(p), torch.tensor(p_masked))
 
 
-def brightness(pixel_values: torch.Tensor) -> torch.Tensor:
-    """A classifier of two classes whose first probability is the mean pixel, for pixels in [0, 1]."""
+def brightness(pixel_values: torch.Tensor, class_ids: torch.Tensor) -> Judgement:
+    """A judge whose confidence in class 0 is the mean pixel, for pixels in [0, 1]."""
     mean = pixel_values.mean(dim=(1, 2, 3))
-    return torch.stack([mean, 1 - mean], dim=1)
+    return Judgement(torch.where(class_ids == 0, mean, 1 - mean), mean > 0.5)
 
 
 def test_masked_confidence_on_a_white_image() -> None:
@@ -59,20 +60,9 @@ def test_the_black_fill_is_black_in_normalised_space() -> None:
     maps = torch.rand(1, 4, 5)
     seen: list[torch.Tensor] = []
 
-    def record(x: torch.Tensor) -> torch.Tensor:
+    def record(x: torch.Tensor, class_ids: torch.Tensor) -> Judgement:
         seen.append(x)
-        return brightness(x.clamp(0, 1))
+        return brightness(x.clamp(0, 1), class_ids)
 
     masked_confidence(record, pixels * scale + shift, torch.tensor([0]), maps, torch.full((3,), shift))
     assert torch.allclose((seen[0] - shift) / scale, pixels * min_max(maps)[:, None], atol=1e-6)
-
-
-def test_bootstrap_interval_covers_the_mean_and_is_repeatable() -> None:
-    values = torch.arange(100.0)
-    low, high = bootstrap_interval(values)
-    assert low < 49.5 < high
-    # The standard error of the mean is 28.9 / 10; 1.96 of them are 5.7.
-    assert high - low == pytest.approx(2 * 5.66, rel=0.1)
-    assert bootstrap_interval(values) == (low, high)
-    with pytest.raises(ValueError, match="at least 1"):
-        bootstrap_interval(torch.empty(0))

@@ -23,7 +23,7 @@ from hf_ttame.visualization import plot_curves, plot_intervals
 from training.arguments import Arguments, check
 from training.checkpoints import check_same, checkpoints
 from training.report import add_samples, coverage, read_log
-from training.train import MovingAverage, blurred, explained_classes, finished, make_optimizer, make_schedule
+from training.train import MovingAverage, blurred, finished, make_optimizer, make_schedule
 from training.train import masking_losses as losses_of
 from training.validation import HeldOut, collapse, intervals, summary, validate
 
@@ -106,10 +106,6 @@ def test_blurring_keeps_colour_and_loses_shape() -> None:
     stripes = torch.arange(64).remainder(2).float().expand(1, 3, 64, 64)
     assert blurred(stripes).std() < 0.1
     assert blurred(stripes).shape == stripes.shape
-
-
-def test_targets_are_the_classifiers_own() -> None:
-    assert explained_classes(torch.tensor([[0.1, 3.0, -1.0], [2.0, 1.0, 0.0]])).tolist() == [1, 0]
 
 
 def test_the_authors_schedule_keeps_its_momentum(model: TTameModel) -> None:

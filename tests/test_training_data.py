@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from hf_ttame.image_processing import Normalisation
-from training.data import augment, decode, image_column, normaliser, open_stream, undecoded
+from hf_ttame.pictures import decode, image_column, open_stream, undecoded
+from training.data import augment, normaliser
 
 
 def picture(seed: int) -> Image.Image:

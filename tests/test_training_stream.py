@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from training.data import open_stream
+from hf_ttame.pictures import open_stream
 from training.stream import TrainingStream, make_loader
 
 pytestmark = pytest.mark.filterwarnings("ignore:'set_vital'", "ignore:This DataLoader will create")

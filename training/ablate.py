@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from hf_ttame import TTameModel
-from hf_ttame.metrics.confidence import bootstrap_interval
+from hf_ttame.metrics import mean_interval
 from hf_ttame.visualization import plot_intervals
 
 if not __package__:  # launched as a script, in a checkout or as hf_ttame/training
@@ -82,10 +82,10 @@ def summarise(runs: dict[str, list[Path]]) -> dict[str, dict[str, Any]]:
             difference = values.mean(dim=0) - base
             table[name][measure] = {
                 "mean": round(float(values.mean()), 4),
-                "interval_95": [round(bound, 4) for bound in bootstrap_interval(values.mean(dim=0))],
+                "interval_95": [round(bound, 4) for bound in mean_interval(values.mean(dim=0).numpy())],
                 "seeds": [round(float(seed.mean()), 4) for seed in values],
                 "difference": round(float(difference.mean()), 4),
-                "difference_95": [round(bound, 4) for bound in bootstrap_interval(difference)],
+                "difference_95": [round(bound, 4) for bound in mean_interval(difference.numpy())],
             }
     return table
 

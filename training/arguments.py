@@ -39,6 +39,9 @@ class Arguments:
     pretrained: bool = field(default=True, metadata={"help": "--no_pretrained: random weights, for trials"})
     feature_layers: list[str] = field(default_factory=list, metadata={"help": "module names; default: the paper's"})
     head_init: str = field(default="auto", metadata={"help": "auto, random (the paper's) or classifier (warm start)"})
+    outputs: str | None = field(
+        default=None, metadata={"help": "softmax, sigmoid (multi-label) or single_logit; default: as its config says"}
+    )
     skip_connection: bool = field(default=True, metadata={"help": "--no_skip_connection: the paper's ablation"})
     batch_norm: bool = field(default=True, metadata={"help": "--no_batch_norm: the paper's ablation"})
     branch_activation: str = field(default="relu", metadata={"help": "relu, or sigmoid (the paper's ablation)"})
@@ -74,6 +77,7 @@ class Arguments:
 
 _CHOICES = {
     "optimizer": ("adamw", "sgd"),
+    "outputs": (None, "softmax", "sigmoid", "single_logit"),
     "head_init": ("auto", "random", "classifier"),
     "branch_activation": ("relu", "sigmoid"),
     "class_token": ("drop", "multiply"),
@@ -93,7 +97,9 @@ def check(arguments: Arguments) -> None:
     """Raise ValueError for what cannot work, before anything is loaded."""
     for name, allowed in _CHOICES.items():
         if getattr(arguments, name) not in allowed:
-            raise ValueError(f"--{name} must be one of {', '.join(allowed)}, got {getattr(arguments, name)!r}")
+            raise ValueError(
+                f"--{name} must be one of {', '.join(map(str, allowed))}, got {getattr(arguments, name)!r}"
+            )
     for name in _AT_LEAST_ONE:
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name} must be at least 1, got {getattr(arguments, name)}")

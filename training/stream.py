@@ -27,7 +27,9 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from .data import augment, decode, undecoded
+from hf_ttame.pictures import decode, undecoded
+
+from .data import augment
 
 _CHUNK = 32  # rows read at once
 _ENOUGH = 100  # pictures after which the share of unreadable ones says something

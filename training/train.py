@@ -41,9 +41,11 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from hf_ttame import TTameModel
+from hf_ttame.answers import choose_targets
 from hf_ttame.image_processing import Normalisation
 from hf_ttame.losses import LossTerms, LossWeights, ttame_loss
 from hf_ttame.masking import apply_mask, resize_maps
+from hf_ttame.pictures import image_column, open_stream
 
 if not __package__:  # launched as a script, in a checkout or as hf_ttame/training
     here = Path(__file__).resolve().parent
@@ -53,7 +55,7 @@ if not __package__:  # launched as a script, in a checkout or as hf_ttame/traini
 
 from .arguments import Arguments, check
 from .checkpoints import check_same, checkpoints, first_problem, load_checkpoint, save_checkpoint
-from .data import image_column, normaliser, open_stream
+from .data import normaliser
 from .report import Log, add_samples, append, attempt, coverage, draw_curves, machine, time_left, write, write_values
 from .stream import TrainingStream, make_loader
 from .validation import HeldOut, collapse, draw_samples, intervals, summary, validate
@@ -67,17 +69,6 @@ class Losses(NamedTuple):
     targets: torch.Tensor
 
 
-def explained_classes(logits: torch.Tensor) -> torch.Tensor:
-    """The classes (B,) to explain: those that the classifier predicts.
-
-    With `class_loss`, the one place that knows what the logits mean; here a softmax over classes.
-    """
-    return logits.argmax(dim=1)
-
-
-class_loss = ttame_loss  # (masked logits, targets, masks, weights, counts) -> LossTerms
-
-
 def masking_losses(
     model: TTameModel,
     head: nn.Module,
@@ -89,6 +80,7 @@ def masking_losses(
     gather: Callable[[torch.Tensor], torch.Tensor] = lambda targets: targets,
     autocast: Callable[[], Any] = lambda: torch.autocast("cpu", enabled=False),
     classify: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    generator: torch.Generator | None = None,
 ) -> Losses:
     """One batch: what does the classifier see, and which pixels keep it so?
 
@@ -102,10 +94,12 @@ def masking_losses(
         gather: (B,) targets of this process to (ranks * B,) of all.
         autocast: makes the context of mixed precision.
         classify: pixel values to logits; None: `model.classify`.
+        generator: draws, for a multi-label classifier, which of an image's positive classes is explained.
     """
+    outputs = model.config.classifier_outputs
     with torch.no_grad(), autocast():
         logits, features = model.features(pixel_values)
-        targets = explained_classes(logits)
+        targets = choose_targets(logits, outputs, generator)
         everyones = gather(targets)
     counts = None
     with autocast():
@@ -123,7 +117,7 @@ def masking_losses(
         else:
             masked = apply_mask(pixel_values, full, fill)
         masked_logits = (classify or model.classify)(masked)
-    terms = class_loss(masked_logits.float(), targets, masks, weights, counts)
+    terms = ttame_loss(masked_logits.float(), targets, masks, weights, counts, outputs)
     return Losses(terms, own.detach().mean(), everyones)
 
 
@@ -259,6 +253,7 @@ def main(argv: list[str] | None = None) -> int:
         batch_norm=arguments.batch_norm,
         branch_activation=arguments.branch_activation,
         class_token=arguments.class_token,
+        outputs=arguments.outputs,
         map_scaling=arguments.map_scaling,
     )
     layout = torch.channels_last if arguments.channels_last else torch.contiguous_format
@@ -417,9 +412,14 @@ def main(argv: list[str] | None = None) -> int:
             print(f"step {progress['step']}/{arguments.steps} loss {lines[-1]['total']:.4g} {left}", flush=True)
         waited, flushed_at = 0.0, time.perf_counter()
 
+    def draw(micro_step: int) -> torch.Generator:
+        """A random choice that depends on the place in the run alone, so that a resumed run makes the same."""
+        place = (arguments.seed * 1_000_003 + micro_step) * ranks + accelerator.process_index
+        return torch.Generator(accelerator.device).manual_seed(place)
+
     while progress["step"] < arguments.steps and not stopped:
         figures = torch.zeros(len(names), device=accelerator.device)
-        for _ in range(arguments.accumulate):
+        for micro in range(arguments.accumulate):
             asked_at = time.perf_counter()
             try:
                 batch = next(batches)
@@ -445,6 +445,7 @@ def main(argv: list[str] | None = None) -> int:
                     gather=gather,
                     autocast=accelerator.autocast,
                     classify=classify,
+                    generator=draw(progress["step"] * arguments.accumulate + micro),
                 )
                 accelerator.backward(losses.terms.total)
                 if arguments.clip_norm is not None and accelerator.sync_gradients:

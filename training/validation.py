@@ -10,10 +10,10 @@ from PIL import Image
 from hf_ttame import TTameModel
 from hf_ttame.image_processing import preprocess
 from hf_ttame.masking import resize_maps
-from hf_ttame.metrics.confidence import bootstrap_interval, drops, increases, masked_confidence
+from hf_ttame.metrics import class_probability, judge_by, masked_confidence, mean_interval
+from hf_ttame.metrics.confidence import drops, increases
+from hf_ttame.pictures import decode
 from hf_ttame.visualization import overlay
-
-from .data import decode
 
 _SAMPLES = 8  # pictures that are drawn at every validation
 _THUMBNAIL = 160  # pixels
@@ -61,11 +61,11 @@ def validate(
         pixel_values = pixel_values.to(accelerator.device).contiguous(memory_format=torch.channels_last)
         output = model(pixel_values)
         targets = output.class_ids[:, 0]
-        p = output.logits.float().softmax(dim=1)[torch.arange(len(targets)), targets]
+        outputs = model.config.classifier_outputs
+        p = class_probability(output.logits, targets, outputs)
         maps = model.scale_maps(output.map_logits[:, 0].float())
-        found = masked_confidence(
-            lambda x: model.classify(x).float().softmax(dim=1), pixel_values, targets, maps, model.fill()
-        )
+        judge = judge_by(model.classify, outputs=outputs)
+        found = masked_confidence(judge, pixel_values, targets, maps, model.fill())
         found.pop("mean")
         part = {"mask area": output.map_logits.float().sigmoid().mean(dim=(1, 2, 3))}
         for name, masked in found.items():
@@ -93,7 +93,7 @@ def summary(values: dict[str, torch.Tensor]) -> dict[str, float]:
 
 def intervals(values: dict[str, torch.Tensor]) -> dict[str, list[float]]:
     """95 percent bootstrap interval of the mean of every measure."""
-    return {name: [round(bound, 3) for bound in bootstrap_interval(column)] for name, column in values.items()}
+    return {name: [round(bound, 3) for bound in mean_interval(column.numpy())] for name, column in values.items()}
 
 
 @torch.no_grad()

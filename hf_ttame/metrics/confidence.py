@@ -3,12 +3,10 @@
 Chattopadhay et al., Grad-CAM++ (arXiv 1710.11063), at the shares of arXiv 2403.04523: 100, 50 and 15 percent.
 """
 
-from collections.abc import Callable
-
-import numpy as np
 import torch
 
 from ..masking import apply_mask, keep_top, min_max, resize_maps
+from .judging import Judge
 
 FRACTIONS = (1.0, 0.5, 0.15)
 
@@ -53,7 +51,7 @@ def _check(p: torch.Tensor, p_masked: torch.Tensor) -> None:
 
 
 def masked_confidence(
-    probabilities: Callable[[torch.Tensor], torch.Tensor],
+    judge: Judge,
     pixel_values: torch.Tensor,
     targets: torch.Tensor,
     maps: torch.Tensor,
@@ -67,7 +65,7 @@ def masked_confidence(
     black. Soft masks keep the map's values, binary ones are 1 on the kept pixels.
 
     Args:
-        probabilities: pixel values (B, C, H, W) -> softmax probabilities (B, K).
+        judge: see `judging.judge_by`.
         pixel_values: (B, C, H, W), normalised.
         targets: (B,), classes predicted on `pixel_values`.
         maps: (B, h, w), any range.
@@ -79,7 +77,6 @@ def masked_confidence(
     """
     height, width = pixel_values.shape[-2:]
     scaled = min_max(resize_maps(maps, (height, width)))
-    rows = torch.arange(len(targets))
     found = {"mean": scaled.mean(dim=(-2, -1))}
     masks = {"soft 100": scaled}
     for fraction in FRACTIONS[1:]:
@@ -87,18 +84,7 @@ def masked_confidence(
         masks[f"soft {100 * fraction:.0f}"] = kept * scaled
         masks[f"binary {100 * fraction:.0f}"] = kept
     for name, mask in masks.items():
-        found[name] = probabilities(apply_mask(pixel_values, mask, black))[rows, targets]
+        # Where a mask is 1 the pixel itself stands: rounding must not make an all-ones map an increase in confidence.
+        masked = torch.where(mask[:, None] == 1, pixel_values, apply_mask(pixel_values, mask, black))
+        found[name] = judge(masked, targets).confidence
     return found
-
-
-def bootstrap_interval(values: torch.Tensor, *, resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
-    """95 percent bootstrap interval of the mean of per-image values (B,), such as differences of two methods."""
-    if values.ndim != 1 or values.numel() == 0:
-        raise ValueError(f"values must be (B,) with B at least 1, got {tuple(values.shape)}")
-    generator = np.random.default_rng(seed)
-    data = values.double().numpy()
-    means = np.concatenate(
-        [data[generator.integers(len(data), size=(500, len(data)))].mean(axis=1) for _ in range(resamples // 500)]
-    )
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)

@@ -1,0 +1,122 @@
+"""Sanity: thresholds that were fixed before the first run, and how figures are held against them.
+
+The checks that make the figures are in `sanity_checks`; here are only numbers and pure functions.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from .bootstrap import Interval, mean_interval
+
+RANDOMISED_CORRELATION_BELOW = 0.3
+"""(a) mean rank correlation of the maps of a fully randomised backbone with the true ones, absolute value."""
+CHANCE_GRID_POINTING = 25.0
+"""(b) the grid-pointing interval of a head retrained on a random backbone covers it; (c) the true one's lies above."""
+WATERMARK_ENERGY_AT_LEAST = 80.0
+"""(d) percent of the map's energy that a planted watermark holds."""
+STABILITY_CORRELATION_AT_LEAST = 0.8
+"""(g) mean rank correlation after a small shift (undone in the map) and after noise."""
+REPEAT_DIFFERENCE_AT_MOST = 0.0
+"""(g) largest difference between two runs on the same input."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check: what was found, what must hold, whether it does, and the figures behind it."""
+
+    value: str
+    must: str
+    passed: bool
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def ranks(values: torch.Tensor) -> torch.Tensor:
+    """Ranks of each row of (B, n), equal values share the mean of theirs."""
+    found = []
+    for row in values:
+        _, inverse, counts = row.unique(return_inverse=True, return_counts=True)
+        last = counts.cumsum(0).double()
+        found.append((last - (counts.double() - 1) / 2)[inverse])
+    return torch.stack(found)
+
+
+def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Spearman correlation of two maps (B, h, w) each, (B,) in [-1, 1]; 0 where one of them is constant."""
+    if a.shape != b.shape or a.ndim != 3:
+        raise ValueError(f"both maps must be (B, h, w), got {tuple(a.shape)} and {tuple(b.shape)}")
+    x, y = ranks(a.flatten(1)), ranks(b.flatten(1))
+    x, y = x - x.mean(dim=1, keepdim=True), y - y.mean(dim=1, keepdim=True)
+    norm = x.norm(dim=1) * y.norm(dim=1)
+    return torch.where(norm > 0, (x * y).sum(dim=1) / norm.clamp(min=1e-12), torch.zeros_like(norm)).float()
+
+
+def _text(interval: Interval, digits: int = 1) -> str:
+    return f"{interval.mean:.{digits}f} ({interval.low:.{digits}f} to {interval.high:.{digits}f})"
+
+
+def check_randomised(correlations: dict[str, np.ndarray]) -> Check:
+    """(a) From {share of layers randomised: correlation per image}, the last being all of them."""
+    intervals = {share: mean_interval(values) for share, values in correlations.items()}
+    last = intervals[list(intervals)[-1]]
+    return Check(
+        _text(last, 2),
+        f"mean rank correlation, all layers random, within ±{RANDOMISED_CORRELATION_BELOW}",
+        abs(last.mean) < RANDOMISED_CORRELATION_BELOW,
+        {share: interval._asdict() for share, interval in intervals.items()},
+    )
+
+
+def check_no_prior(grid_pointing: np.ndarray) -> Check:
+    """(b) Grid pointing in percent, per mosaic, of a head that was trained on a random backbone."""
+    found = mean_interval(grid_pointing)
+    passed = found.low <= CHANCE_GRID_POINTING <= found.high
+    return Check(_text(found), f"interval covers {CHANCE_GRID_POINTING:.0f} %", passed, found._asdict())
+
+
+def check_class_on_mosaics(grid_pointing: np.ndarray) -> Check:
+    """(c) Grid pointing in percent, per mosaic, of the explainer."""
+    found = mean_interval(grid_pointing)
+    must = f"interval above {CHANCE_GRID_POINTING:.0f} %"
+    return Check(_text(found), must, found.low > CHANCE_GRID_POINTING, found._asdict())
+
+
+def check_other_class(gain: np.ndarray) -> Check:
+    """(c) Of the second class per image: its confidence under its own map less that under the top class's, percent."""
+    found = mean_interval(gain)
+    return Check(_text(found, 2), "interval above 0", found.low > 0, found._asdict())
+
+
+def check_watermark(energy: np.ndarray) -> Check:
+    """(d) Percent of the map's energy inside the watermark, per image."""
+    found = mean_interval(energy)
+    must = f"at least {WATERMARK_ENERGY_AT_LEAST:.0f} %"
+    return Check(_text(found), must, found.mean >= WATERMARK_ENERGY_AT_LEAST, found._asdict())
+
+
+def check_not_worse(differences: dict[str, np.ndarray], what: str) -> Check:
+    """(e), (f) Average drop less that of Grad-CAM on the same images, per fill and image: none may be above 0."""
+    found = {name: mean_interval(values) for name, values in differences.items()}
+    return Check(
+        "; ".join(f"{name} {_text(interval)}" for name, interval in found.items()),
+        f"{what}: no interval above 0",
+        all(interval.low <= 0 for interval in found.values()),
+        {name: interval._asdict() for name, interval in found.items()},
+    )
+
+
+def check_stable(correlations: dict[str, np.ndarray], repeat: float) -> Check:
+    """(g) Rank correlation per image after each small change, and the largest difference of a repeat."""
+    found = {name: mean_interval(values) for name, values in correlations.items()}
+    return Check(
+        "; ".join(f"{name} {_text(interval, 2)}" for name, interval in found.items()) + f"; repeat {repeat:g}",
+        f"correlations at least {STABILITY_CORRELATION_AT_LEAST}, repeat {REPEAT_DIFFERENCE_AT_MOST:g}",
+        all(interval.mean >= STABILITY_CORRELATION_AT_LEAST for interval in found.values())
+        and repeat <= REPEAT_DIFFERENCE_AT_MOST,
+        {**{name: interval._asdict() for name, interval in found.items()}, "repeat": repeat},
+    )

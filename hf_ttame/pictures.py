@@ -1,0 +1,187 @@
+"""Pictures of any `datasets` source, found and decoded: folders, parquet and tar files, Hub ids."""
+
+import io
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+from PIL import Image, UnidentifiedImageError
+
+from .image_processing import load_image
+
+_SPLITS = {"train", "training", "validation", "valid", "val", "test"}
+_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+_SHARDS = 256  # of a dataset that knows its rows: the order of the shards is shuffled at every epoch
+
+
+def open_stream(
+    name: str, split: str = "train", revision: str | None = None, streaming: bool = True
+) -> datasets.IterableDataset:
+    """A dataset to read from beginning to end, from a folder, a file or a Hub id.
+
+    Folders and files: parquet, webdataset tar, pictures, `Dataset.save_to_disk`. Of a folder of parquet or tar files,
+    those named after the split are read ("train-*.parquet"), or all where none is; a folder of pictures may have one
+    sub-folder per split.
+
+    Args:
+        name: what to open.
+        split: "train" or another.
+        revision: of a Hub id.
+        streaming: False downloads a Hub dataset (or converts local files) once and maps it into memory.
+
+    Raises:
+        ValueError: the folder holds no pictures, or there is no such dataset or split.
+    """
+    path = Path(name)
+    if path.is_file() and path.suffix in (".parquet", ".tar"):
+        return _from_files([path], streaming)
+    if path.is_file():
+        raise ValueError(f"{name!r} is neither a .parquet nor a .tar file; give one of these or a folder")
+    if path.is_dir():
+        return _from_folder(path, split, streaming)
+    try:
+        dataset = datasets.load_dataset(name, split=split, revision=revision, streaming=streaming)
+    except (FileNotFoundError, ValueError, ConnectionError) as error:
+        raise ValueError(f"{name!r} is neither a folder nor a dataset on the Hub: {error}") from error
+    return dataset if streaming else _in_shards(dataset)
+
+
+def _from_folder(path: Path, split: str, streaming: bool) -> datasets.IterableDataset:
+    if (path / "dataset_dict.json").exists():
+        saved = datasets.load_from_disk(str(path))
+        if split not in saved:
+            raise ValueError(f"{str(path)!r} has no split {split!r}; it has: {', '.join(saved)}")
+        return _in_shards(saved[split])
+    if (path / "state.json").exists():
+        return _in_shards(datasets.load_from_disk(str(path)))
+    for suffix in (".parquet", ".tar"):
+        if found := sorted(path.rglob(f"*{suffix}")):
+            named = {file: {file.name.split("-")[0].split(".")[0], file.parent.name} & _SPLITS for file in found}
+            files = [file for file in found if split in named[file]]
+            if not files and any(named.values()):
+                raise ValueError(
+                    f"{str(path)!r} has no split {split!r}; its files: {', '.join(f.name for f in found[:5])}"
+                )
+            return _from_files(files or found, streaming)
+    parts = sorted(part.name for part in path.iterdir() if part.is_dir() and part.name in _SPLITS)
+    if parts and split not in parts and split != "train":
+        raise ValueError(f"{str(path)!r} has no folder {split!r}; it has: {', '.join(parts)}")
+    path = path / split if split in parts else path
+    pictures = sorted(str(file) for file in path.rglob("*") if file.suffix.lower() in _PICTURES)
+    if not pictures:
+        raise ValueError(
+            f"the folder {str(path)!r} holds neither .parquet or .tar files nor pictures ({', '.join(_PICTURES)})"
+        )
+    random.Random(0).shuffle(pictures)  # folders of one class each would give batches of one class
+    return _in_shards(datasets.Dataset.from_dict({"image": pictures}))
+
+
+def _from_files(files: list[Path], streaming: bool) -> datasets.IterableDataset:
+    builder = "parquet" if files[0].suffix == ".parquet" else "webdataset"
+    try:
+        dataset = datasets.load_dataset(
+            builder, data_files=[str(file) for file in files], split="train", streaming=streaming
+        )
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{files[0].name!r} and its like cannot be read as {builder}: {error}") from error
+    if not streaming:
+        return _in_shards(dataset)
+    # Row groups are smaller than files: more parts to deal and to shuffle.
+    return dataset.reshard() if builder == "parquet" and hasattr(dataset, "reshard") else dataset
+
+
+def _in_shards(dataset: datasets.Dataset) -> datasets.IterableDataset:
+    if not len(dataset):
+        raise ValueError("the dataset is empty; give one with pictures")
+    return dataset.to_iterable_dataset(num_shards=min(_SHARDS, len(dataset)))
+
+
+def image_column(dataset: datasets.IterableDataset, wanted: str | None = None) -> str:
+    """The column that holds the pictures: `wanted`, or the only image column, or one called image, img or jpg.
+
+    Raises:
+        ValueError: there is no such column (the message names those there are), or the dataset is empty.
+    """
+    features = dataset.features
+    columns = list(features) if features else list(next(iter(dataset), {}))
+    if not columns:
+        raise ValueError("the dataset is empty: it has neither rows nor columns")
+    if wanted is not None:
+        if wanted not in columns:
+            raise ValueError(f"image column {wanted!r} is not in the dataset; its columns: {', '.join(columns)}")
+        return wanted
+    typed = [name for name in columns if features and isinstance(features[name], datasets.Image)]
+    named = [name for name in ("image", "img", "jpg", "jpeg", "png", "webp", "pixel_values") if name in columns]
+    if len(typed) == 1 or named:
+        return typed[0] if len(typed) == 1 else named[0]
+    raise ValueError(f"no image column found; name it with --image_column; the columns: {', '.join(columns)}")
+
+
+def undecoded(dataset: datasets.IterableDataset, column: str) -> datasets.IterableDataset:
+    """The column alone, its pictures as bytes or paths: rows are cheap to read, and to pass over."""
+    features = dataset.features
+    if features and isinstance(features[column], datasets.Image):
+        dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    return dataset.select_columns([column])
+
+
+def decode(value: Any, side: int | None = None) -> Image.Image:
+    """RGB picture of an undecoded cell: a path, bytes, {"bytes", "path"} or a picture.
+
+    Args:
+        value: the cell.
+        side: a JPEG may be decoded at a half, a quarter or an eighth of its size, but no smaller than this.
+
+    Raises:
+        ValueError: it is unreadable.
+    """
+    if isinstance(value, dict):
+        value = value["bytes"] if value.get("bytes") is not None else value["path"]
+    if value is None:
+        raise ValueError("the cell is empty")
+    if not isinstance(value, (bytes, str)):
+        return load_image(value)
+    try:
+        with Image.open(io.BytesIO(value) if isinstance(value, bytes) else value) as image:
+            if side is not None:
+                image.draft("RGB", (side, side))
+            return load_image(image)
+    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        what = f"picture of {len(value)} bytes" if isinstance(value, bytes) else repr(value)
+        reason = "no picture format" if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"{what} cannot be read: {reason}") from error
+
+
+def parse_where(rule: str | None) -> tuple[str, int, int] | None:
+    """("column", n, r) of "column%n==r": only rows whose column is r modulo n.
+
+    Raises:
+        ValueError: the rule has another form.
+    """
+    if rule is None:
+        return None
+    column, percent, rest = rule.partition("%")
+    modulus, equals, remainder = rest.partition("==")
+    if not (column and percent and equals and modulus.strip().isdigit() and remainder.strip().isdigit()):
+        raise ValueError(f"--where must have the form 'column%N==R', got {rule!r}")
+    if int(modulus) < 1:
+        raise ValueError(f"--where: the number after % must be at least 1, got {rule!r}")
+    return column.strip(), int(modulus), int(remainder)
+
+
+def rows(dataset: datasets.IterableDataset, column: str, where: str | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of a stream, pictures undecoded, those that `where` leaves."""
+    features = dataset.features
+    if features and isinstance(features[column], datasets.Image):
+        dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    rule = parse_where(where)
+    for row in dataset:
+        if rule is None:
+            yield row
+            continue
+        if rule[0] not in row:
+            raise ValueError(f"--where names the column {rule[0]!r}; the columns: {', '.join(row)}")
+        if row[rule[0]] % rule[1] == rule[2]:
+            yield row

@@ -1,0 +1,488 @@
+"""The experiments behind `metrics.sanity`: random backbones, planted shortcuts, other fills, another judge.
+
+Each check is a function that returns a `Check`; `run_checks` runs them all on the images of a plan.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .backbones import Backbone, load_backbone
+from .baselines import make_method
+from .evaluation import Images, Plan, Scan, scan
+from .features import classify
+from .head import TTameHead, start_as_classifier
+from .image_processing import measure_normalisation
+from .layer_choice import find_pooled_classifier
+from .losses import ttame_loss
+from .masking import apply_mask, keep_top, min_max, resize_maps
+from .metrics import energy_inside, grid_pointing, impute, judge_by
+from .metrics.confidence import drops
+from .metrics.insertion_deletion import empty_image
+from .metrics.judging import Judge
+from .metrics.localization import TILES, fit, mosaic
+from .metrics.sanity import (
+    Check,
+    check_class_on_mosaics,
+    check_no_prior,
+    check_not_worse,
+    check_other_class,
+    check_randomised,
+    check_stable,
+    check_watermark,
+    rank_correlation,
+)
+from .modeling_ttame import TTameModel
+
+SHARES = (0.25, 0.5, 0.75, 1.0)
+DRAWS = 2  # random backbones per share
+SHIFT = 4  # pixels
+PIXEL_NOISE = 0.02  # standard deviation, pixels in [0, 1]
+
+
+@torch.no_grad()
+def explain(
+    model: TTameModel, pixel_values: torch.Tensor, targets: torch.Tensor, batch_size: int = 32
+) -> torch.Tensor:
+    """Maps (B, h, w) of the explainer, in [0, 1]."""
+    return torch.cat(
+        [
+            model.scale_maps(model(x, ids).map_logits[:, 0].float())
+            for x, ids in zip(pixel_values.split(batch_size), targets.split(batch_size), strict=True)
+        ]
+    )
+
+
+# ---- random backbones ---------------------------------------------------------------------------------------------
+
+
+def modules_in_order(backbone: nn.Module, pixel_values: torch.Tensor) -> list[nn.Module]:
+    """Modules with weights of their own, in the order in which they first run; those that never run come first."""
+    owners = [module for module in backbone.modules() if next(module.parameters(recurse=False), None) is not None]
+    ran: list[nn.Module] = []
+
+    def note(module: nn.Module, _args: Any) -> None:
+        if module not in ran:
+            ran.append(module)
+
+    handles = [module.register_forward_pre_hook(note) for module in owners]
+    try:
+        with torch.no_grad():
+            classify(backbone, pixel_values[:1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    # A container that runs around its parts starts before them; its own weights (position embeddings) are early ones.
+    return [module for module in owners if module not in ran] + ran
+
+
+@torch.no_grad()
+def randomise(backbone: nn.Module, share: float, pixel_values: torch.Tensor, seed: int = 0) -> None:
+    """Replace the weights of the last `share` of the modules, from the classifier downwards, in place.
+
+    Weight matrices are drawn from a normal distribution of their own spread; vectors (biases, norms) are shuffled.
+    Statistics of batch norms are measured anew on `pixel_values`, as they are of a network that nobody trained.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    modules = modules_in_order(backbone, pixel_values)
+    chosen = modules[len(modules) - math.ceil(share * len(modules)) :]
+    for module in chosen:
+        for parameter in module.parameters(recurse=False):
+            if parameter.ndim > 1:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(noise * parameter.float().std().cpu())
+            else:
+                parameter.copy_(
+                    parameter[torch.randperm(len(parameter), generator=generator)] if parameter.ndim else parameter
+                )
+    norms = [module for module in backbone.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    before = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.train()
+        norm.momentum = 1.0
+    if norms:
+        classify(backbone, pixel_values[:32])
+    for norm, momentum in zip(norms, before, strict=True):
+        norm.eval()
+        norm.momentum = momentum
+
+
+def cascading_randomisation(
+    model: TTameModel, pixel_values: torch.Tensor, targets: torch.Tensor, seed: int = 0
+) -> Check:
+    """(a) The same head on a backbone whose layers are randomised from the top (Adebayo et al., arXiv 1810.03292).
+
+    Per image the mean over several random backbones: the maps of one alone lean one way, like or unlike the true ones.
+    """
+    true = explain(model, pixel_values, targets)
+    found = {}
+    for share in SHARES:
+        draws = []
+        for draw in range(DRAWS):
+            other = copy.deepcopy(model)
+            randomise(other.backbone, share, pixel_values, seed + draw)
+            draws.append(rank_correlation(true, explain(other, pixel_values, targets)))
+        found[f"{100 * share:.0f} % of layers"] = torch.stack(draws).mean(dim=0).cpu().numpy()
+    return check_randomised(found)
+
+
+def fresh_head(model: TTameModel, seed: int = 0) -> None:
+    """Start the head anew as `from_backbone` would: at random, or as the classifier where it started so."""
+    config = model.config
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = TTameHead(
+            [layer.channels for layer in model.layers],
+            config.num_labels,
+            config.map_size,
+            skip_connection=config.skip_connection,
+            batch_norm=config.batch_norm,
+            branch_activation=config.branch_activation,
+            last_layer_relu=config.last_layer_relu,
+        )
+    shape = (2, len(config.pixel_scale), *config.image_size)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(model.device)
+    if config.head_init == "classifier" and (pooled := find_pooled_classifier(model.backbone, noise)):
+        start_as_classifier(head, pooled)
+    model.head = head.to(next(model.head.parameters()))
+
+
+def fit_head(
+    model: TTameModel, batches: Callable[[int], torch.Tensor], steps: int, learning_rate: float = 1e-3
+) -> None:
+    """Train the head with the loss of the paper, a few steps; `batches(step)` gives pixel values (B, C, H, W)."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.head.parameters(), lr=learning_rate, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=max(steps, 2))
+    size = (model.config.image_size[0], model.config.image_size[1])
+    for step in range(steps):
+        pixel_values = batches(step)
+        with torch.no_grad():
+            logits, features = model.features(pixel_values)
+        classes, position, counts = logits.argmax(dim=1).unique(return_inverse=True, return_counts=True)
+        masks = model.head(features, classes).float().sigmoid()
+        own = masks[torch.arange(len(position), device=masks.device), position]
+        masked = apply_mask(pixel_values, resize_maps(own, size), model.fill())
+        ttame_loss(model.classify(masked).float(), classes[position], masks, counts=counts).total.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
+def _mosaic_pointing(model: TTameModel, scanned: Scan, groups: Sequence[list[int]]) -> np.ndarray:
+    size = (model.config.image_size[0], model.config.image_size[1])
+    found = []
+    for group in groups:
+        image = fit(mosaic(scanned.tiles[group].to(model.device)), size)
+        targets = scanned.targets[scanned.tile_rows[group]].to(model.device)
+        maps = explain(model, image.expand(TILES, -1, -1, -1), targets)
+        shares = grid_pointing(resize_maps(maps, size), torch.arange(TILES, device=maps.device))
+        found.append(100 * shares.mean().item())
+    return np.array(found)
+
+
+def retrained_on_random(
+    model: TTameModel,
+    pixel_values: torch.Tensor,
+    scanned: Scan,
+    groups: Sequence[list[int]],
+    *,
+    steps: int = 100,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> Check:
+    """(b) A head trained on a backbone that knows nothing: where it still localises, it learned a prior."""
+    other = copy.deepcopy(model)
+    randomise(other.backbone, 1.0, pixel_values, seed)
+    fresh_head(other, seed)
+    generator = torch.Generator().manual_seed(seed)
+
+    def batches(_: int) -> torch.Tensor:
+        chosen = torch.randint(len(pixel_values), (batch_size,), generator=generator)
+        views = pixel_values[chosen.to(pixel_values.device)]
+        return views.flip(-1) if torch.rand(1, generator=generator) < 0.5 else views
+
+    fit_head(other, batches, steps)
+    return check_no_prior(_mosaic_pointing(other, scanned, groups))
+
+
+# ---- classes ------------------------------------------------------------------------------------------------------
+
+
+def class_on_mosaics(model: TTameModel, scanned: Scan, groups: Sequence[list[int]]) -> Check:
+    """(c) On mosaics of four classes, the map of each lies in its own quarter."""
+    return check_class_on_mosaics(_mosaic_pointing(model, scanned, groups))
+
+
+def second_class(model: TTameModel, pixel_values: torch.Tensor) -> Check:
+    """(c) The map of the second most likely class keeps that class better than the map of the first does.
+
+    Both as binary masks of half the pixels, so that neither is brighter.
+    """
+    with torch.no_grad():
+        logits = torch.cat([model.classify(x) for x in pixel_values.split(32)])
+    first, second = logits.topk(2, dim=1).indices.unbind(1)
+    judge, size = (
+        judge_by(model.classify, outputs=model.config.classifier_outputs),
+        (pixel_values.shape[-2], pixel_values.shape[-1]),
+    )
+    confidence = []
+    for class_ids in (first, second):
+        masks = keep_top(resize_maps(explain(model, pixel_values, class_ids), size), 0.5, binary=True)
+        confidence.append(judge(apply_mask(pixel_values, masks, model.fill()), second).confidence)
+    return check_other_class(100 * (confidence[1] - confidence[0]).cpu().numpy())
+
+
+# ---- a planted shortcut -------------------------------------------------------------------------------------------
+
+
+def _backgrounds(count: int, size: int, generator: torch.Generator) -> torch.Tensor:
+    """Smooth random colours with grain, in [0, 1]."""
+    coarse = torch.rand(count, 3, 6, 6, generator=generator)
+    smooth = nn.functional.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=False)
+    return (smooth + 0.05 * torch.randn(smooth.shape, generator=generator)).clamp(0, 1)
+
+
+def watermarked(
+    count: int, size: int, side: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pictures whose class is told by a watermark alone: stripes upright, level, or squares, anywhere.
+
+    Returns:
+        images (count, 3, size, size) in [0, 1], labels (count,), regions (count, size, size) bool.
+    """
+    images = _backgrounds(count, size, generator)
+    labels = torch.randint(3, (count,), generator=generator)
+    period = torch.arange(side) // max(1, side // 8) % 2
+    patterns = torch.stack(
+        [period[None].expand(side, -1), period[:, None].expand(-1, side), period[None] ^ period[:, None]]
+    ).float()
+    regions = torch.zeros(count, size, size, dtype=torch.bool)
+    for row in range(count):
+        top, left = torch.randint(size - side + 1, (2,), generator=generator).tolist()
+        images[row, :, top : top + side, left : left + side] = patterns[labels[row]]
+        regions[row, top : top + side, left : left + side] = True
+    return images, labels, regions
+
+
+def watermark(
+    *, steps: int = 150, size: int = 96, side: int = 32, images: int = 64, batch_size: int = 16, seed: int = 0
+) -> Check:
+    """(d) A small classifier that can only know its watermarks; a head trained on it must show them.
+
+    The figures hold the classifier's accuracy: below 95 percent it did not take the shortcut and nothing was tested.
+    """
+    import timm
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        facts = {"input_size": (3, size, size), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+        classifier = timm.create_model("test_resnet", num_classes=3, pretrained_cfg_overlay=facts)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=max(steps, 2))
+    classifier.train()
+    for _ in range(steps):
+        x, labels, _ = watermarked(batch_size, size, side, generator)
+        nn.functional.cross_entropy(classifier(2 * x - 1), labels).backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    # Cells of a map must be finer than the mark: those of the first stage are 4 pixels wide.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = TTameModel.from_backbone(classifier.eval(), feature_layers=["layer1", "layer2"])
+    fit_head(model, lambda _: 2 * watermarked(batch_size, size, side, generator)[0] - 1, steps, 5e-3)
+    x, labels, regions = watermarked(images, size, side, generator)
+    with torch.no_grad():
+        predicted = model.classify(2 * x - 1).argmax(dim=1)
+    accuracy = float((predicted == labels).float().mean())
+    maps = min_max(resize_maps(explain(model, 2 * x - 1, predicted), (size, size)))
+    found = check_watermark(100 * energy_inside(maps, regions).cpu().numpy())
+    area = float(regions.float().mean())
+    figures = {**found.figures, "accuracy": accuracy, "area": area}
+    return Check(
+        found.value, f"{found.must} on {100 * area:.0f} % of the area", found.passed and accuracy >= 0.95, figures
+    )
+
+
+# ---- other fills, another judge -----------------------------------------------------------------------------------
+
+
+def _masked(
+    model: TTameModel, pixel_values: torch.Tensor, maps: torch.Tensor, fill: str, fraction: float
+) -> torch.Tensor:
+    """Pictures of which a map's top pixels are left, the rest filled with "black", "mean", "blur" or "road"."""
+    size = (pixel_values.shape[-2], pixel_values.shape[-1])
+    kept = keep_top(resize_maps(maps, size), fraction, binary=True)
+    if fill == "road":
+        return impute(pixel_values, kept == 0)
+    return torch.where(kept[:, None] == 1, pixel_values, empty_image(pixel_values, fill, model.fill()))
+
+
+def _gradcam(model: TTameModel, pixel_values: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    method = make_method("gradcam", model).explain
+    return torch.cat([method(x, ids) for x, ids in zip(pixel_values.split(16), targets.split(16), strict=True)])
+
+
+def held_out_fills(model: TTameModel, pixel_values: torch.Tensor, targets: torch.Tensor) -> Check:
+    """(e) Trained with one fill, judged with mean, blur and ROAD's noisy imputation: average drop against Grad-CAM's.
+
+    Binary masks of half and of 15 percent of the pixels.
+    """
+    judge = judge_by(model.classify, outputs=model.config.classifier_outputs)
+    p = judge(pixel_values, targets).confidence
+    both = (explain(model, pixel_values, targets), _gradcam(model, pixel_values, targets))
+    found = {}
+    for fill in ("black", "mean", "blur", "road"):
+        for fraction in (0.5, 0.15):
+            ours, theirs = (
+                drops(p, judge(_masked(model, pixel_values, maps, fill, fraction), targets).confidence).cpu().numpy()
+                for maps in both
+            )
+            found[f"{fill} {100 * fraction:.0f}"] = ours - theirs
+    return check_not_worse(found, "average drop less Grad-CAM's")
+
+
+def judge_of(model: TTameModel, other: Backbone) -> tuple[Judge, Callable[[torch.Tensor], torch.Tensor]]:
+    """Another classifier that looks at pixel values of `model`: a judge, and its own predictions.
+
+    Pixels are brought back to [0, 1], resized to the other's input and normalised as it expects.
+    """
+    mine = [
+        torch.tensor(v)[:, None, None].to(model.device) for v in (model.config.pixel_scale, model.config.pixel_shift)
+    ]
+    facts = measure_normalisation(other.processor)
+    theirs = [torch.tensor(v)[:, None, None].to(model.device) for v in (facts.scale, facts.shift)]
+    classifier = other.model.eval().to(model.device)
+
+    def logits(pixel_values: torch.Tensor) -> torch.Tensor:
+        pixels = (pixel_values.float() - mine[1]) / mine[0]
+        if tuple(pixels.shape[-2:]) != facts.size:
+            pixels = nn.functional.interpolate(pixels, size=facts.size, mode="bilinear", antialias=True)
+        return classify(classifier, (pixels * theirs[0] + theirs[1]).float())
+
+    @torch.no_grad()
+    def predict(pixel_values: torch.Tensor) -> torch.Tensor:
+        return torch.cat([logits(x).argmax(dim=1) for x in pixel_values.split(32)])
+
+    return judge_by(logits), predict
+
+
+def independent_judge(model: TTameModel, pixel_values: torch.Tensor, targets: torch.Tensor, other: Backbone) -> Check:
+    """(f) What another architecture still sees on the same masked pictures: its drop in its own class, against
+    Grad-CAM's maps. A map that only fools the classifier it was trained on does not help another one."""
+    judge, predict = judge_of(model, other)
+    own = predict(pixel_values)
+    p = judge(pixel_values, own).confidence
+    both = (explain(model, pixel_values, targets), _gradcam(model, pixel_values, targets))
+    found = {}
+    for fraction in (0.5, 0.15):
+        ours, theirs = (
+            drops(p, judge(_masked(model, pixel_values, maps, "black", fraction), own).confidence).cpu().numpy()
+            for maps in both
+        )
+        found[f"binary {100 * fraction:.0f}"] = ours - theirs
+    return check_not_worse(found, f"drop of {type(other.model).__name__} less that under Grad-CAM")
+
+
+# ---- stability ----------------------------------------------------------------------------------------------------
+
+
+def stability(model: TTameModel, pixel_values: torch.Tensor, targets: torch.Tensor, seed: int = 0) -> Check:
+    """(g) Maps after a shift by 4 pixels (undone in the map) and after weak noise; and the same map twice."""
+    size = (pixel_values.shape[-2], pixel_values.shape[-1])
+    plain = explain(model, pixel_values, targets)
+    repeat = float((plain - explain(model, pixel_values, targets)).abs().max())
+    shown = resize_maps(plain, size)
+    padded = nn.functional.pad(pixel_values, (SHIFT, 0, SHIFT, 0), mode="reflect")[..., : size[0], : size[1]]
+    moved = resize_maps(explain(model, padded, targets), size)[..., SHIFT:, SHIFT:]
+    scale = torch.tensor(model.config.pixel_scale).to(pixel_values)[:, None, None]
+    noise = torch.randn(pixel_values.shape, generator=torch.Generator().manual_seed(seed)).to(pixel_values)
+    noisy = explain(model, pixel_values + PIXEL_NOISE * scale * noise, targets)
+    return check_stable(
+        {
+            f"shift by {SHIFT} px": rank_correlation(shown[..., :-SHIFT, :-SHIFT], moved).cpu().numpy(),
+            f"noise of {PIXEL_NOISE}": rank_correlation(plain, noisy).cpu().numpy(),
+        },
+        repeat,
+    )
+
+
+# ---- all of them --------------------------------------------------------------------------------------------------
+
+
+def run_checks(
+    model: TTameModel,
+    plan: Plan,
+    *,
+    images: int = 64,
+    steps: int = 100,
+    judge: str | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, dict[str, Any]]:
+    """All checks on the first `images` of the plan's dataset.
+
+    Args:
+        model: the explainer.
+        plan: names the dataset; its limits do not count.
+        images: to check on.
+        steps: of training in (b); (d) takes 150 of its much smaller ones.
+        judge: another classifier for (f), a folder or Hub id; without one (f) is left out.
+        say: receives a line per check.
+
+    Returns:
+        {check: Check as a dictionary}; checks that the images do not allow are left out, and `say` tells why.
+    """
+    from dataclasses import replace
+
+    plan = replace(plan, limit=images, mosaics=max(plan.mosaics, images // TILES))
+    source = Images(plan, model)
+    scanned = scan(model.eval(), source, plan)
+    batches = list(source.batches(images))
+    x = torch.cat([batch.pixel_values for batch in batches])
+    targets = scanned.targets.to(x.device)
+    groups = scanned.mosaics(plan.mosaics, plan.seed)
+    checks: list[tuple[str, Callable[[], Check]]] = [
+        ("a: random layers, same head", lambda: cascading_randomisation(model, x, targets, plan.seed)),
+        (
+            "b: head retrained on a random backbone",
+            lambda: retrained_on_random(model, x, scanned, groups, steps=steps),
+        ),
+        ("c: class on mosaics", lambda: class_on_mosaics(model, scanned, groups)),
+        ("c: second class", lambda: second_class(model, x)),
+        ("d: planted watermark", lambda: watermark(seed=plan.seed)),
+        ("e: held-out fills", lambda: held_out_fills(model, x, targets)),
+        ("f: independent judge", lambda: independent_judge(model, x, targets, load_backbone(judge or ""))),
+        ("g: stability", lambda: stability(model, x, targets, plan.seed)),
+    ]
+    found = {}
+    for name, check in checks:
+        if len(groups) < 2 and name.startswith(("b", "c: class")):
+            say(f"{name}: left out, {len(groups)} mosaics of four confident classes; give more --sanity-images")
+        elif judge is None and name.startswith("f"):
+            say(f"{name}: left out, no --judge given")
+        else:
+            done = check()
+            found[name] = done.to_dict()
+            say(f"{name}: {done.value}; {done.must}: {'passed' if done.passed else 'FAILED'}")
+    return found
+
+
+__all__ = [
+    "cascading_randomisation",
+    "class_on_mosaics",
+    "held_out_fills",
+    "independent_judge",
+    "retrained_on_random",
+    "run_checks",
+    "second_class",
+    "stability",
+    "watermark",
+]

@@ -1,0 +1,311 @@
+"""`ttame compare` on a tiny backbone: one run, a killed and resumed one, two processes, and the report's words."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from hf_ttame import TTameModel
+from hf_ttame import evaluation as module
+from hf_ttame.baselines import MethodSettings
+from hf_ttame.evaluation import Images, Plan, Scan, Store, compare, read_rows, write_rows
+from hf_ttame.metrics import mean_interval
+from hf_ttame.pictures import parse_where
+from hf_ttame.reporting import FAITHFULNESS, Measure, columns_of, markdown_table, summarise, verdict
+
+ROOT = Path(__file__).parents[1]
+METHODS = ("gradcam", "scorecam", "ones", "random-blob")
+
+
+@pytest.fixture(scope="module")
+def pictures(photo: Callable[..., Image.Image], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    images = [photo(70 + n, 64 + n, seed=n) for n in range(10)]
+    features = datasets.Features(
+        {"image": datasets.Image(), "number": datasets.Value("int64"), "box": datasets.List(datasets.Value("int64"))}
+    )
+    rows = {"image": images, "number": list(range(10)), "box": [[5, 5, 40, 40]] * 10}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(folder / "validation-0.parquet"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(timm_cnn: nn.Module) -> TTameModel:
+    return TTameModel.from_backbone(timm_cnn)
+
+
+def plan(pictures: Path, **changes) -> Plan:
+    settings = MethodSettings(rise_masks=8, batch_size=8)
+    facts = {"methods": METHODS, "limit": 6, "slow_limit": 3, "curve_limit": 1, "mosaics": 2, "batch_size": 4}
+    return Plan(str(pictures), box_column="box", mosaic_confidence=0.0, settings=settings, **{**facts, **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(pictures: Path, model: TTameModel, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    return output, compare(model, plan(pictures), output, progress=False)
+
+
+def rows_without_time(folder: Path) -> dict:
+    rows = read_rows(folder / "per_image.parquet")
+    return {key: {k: v for k, v in row.items() if k not in ("seconds", "sheet map")} for key, row in rows.items()}
+
+
+def same_rows(a: dict, b: dict) -> bool:
+    if a.keys() != b.keys():
+        return False
+    return all(
+        a[key].keys() == b[key].keys() and all(np.allclose(a[key][k], b[key][k], atol=1e-3) for k in a[key])
+        for key in a
+    )
+
+
+def test_the_report_holds_every_method_with_the_images_it_was_asked_for(finished: tuple[Path, dict]) -> None:
+    output, report = finished
+    names = list(report["methods"])
+    assert names[:3] == ["ttame", "gradcam", "scorecam"]
+    for name, entry in report["methods"].items():
+        expected = 3 if name == "scorecam" else 6
+        assert entry["measures"]["AD soft 100"]["n"] == expected
+        assert entry["measures"]["ROAD MoRF confidence"]["n"] == 1
+        assert entry["measures"]["insertion blur"]["n"] == 1
+        assert entry["measures"]["energy in box"]["n"] == expected
+        assert ("ADCC" in entry["measures"]) == (name != "scorecam")
+        assert entry["measures_common"]["AD soft 100"]["n"] == 3
+    assert (report["methods"]["ttame"]["forward_passes"], report["methods"]["ttame"]["backward_passes"]) == (1, 0)
+    assert (report["methods"]["gradcam"]["forward_passes"], report["methods"]["gradcam"]["backward_passes"]) == (1, 1)
+    assert json.loads((output / "report.json").read_text()) == report
+    assert not [path for path in output.iterdir() if path.name.startswith((".", "part-"))]
+    for file in ("road.png", "insertion_deletion.png", "latency.png", "contact_sheet.jpg"):
+        with Image.open(output / file) as picture:
+            assert min(picture.size) > 100
+    assert str(output.parent.parent) not in (output / "report.json").read_text()  # no path of this machine
+
+
+def test_trivial_maps_score_as_they_must(finished: tuple[Path, dict]) -> None:
+    measures = finished[1]["methods"]
+    ones = measures["ones"]["measures"]
+    # The picture itself: no drop, no increase, all of the mask; no order, no place.
+    assert (ones["AD soft 100"]["mean"], ones["IC soft 100"]["mean"], ones["mean mask"]["mean"]) == (0, 0, 1)
+    assert ones["entropy"]["mean"] == pytest.approx(1)
+    assert ones["area"]["mean"] == 1
+    assert ones["ADCC"]["mean"] == 0
+    blob, own = measures["random-blob"]["measures"], measures["ttame"]["measures"]
+    assert blob["mean mask"]["mean"] == pytest.approx(own["mean mask"]["mean"], abs=0.02)  # up to the resizing
+    if "grid pointing" in ones:
+        assert ones["grid pointing"]["mean"] == pytest.approx(25)
+
+
+def test_figures_are_those_of_the_rows(finished: tuple[Path, dict]) -> None:
+    output, report = finished
+    rows = read_rows(output / "per_image.parquet")
+    values = [rows["image", index, "gradcam"]["AD binary 50"] for index in range(6)]
+    interval = mean_interval(np.array(values))
+    found = report["methods"]["gradcam"]["measures"]["AD binary 50"]
+    assert (found["mean"], found["low"], found["high"]) == tuple(round(v, 4) for v in interval[:3])
+    own = [rows["image", index, "ttame"]["AD binary 50"] for index in range(6)]
+    difference = report["differences"]["gradcam"]["AD binary 50"]
+    assert difference["mean"] == pytest.approx(np.mean(np.array(own) - np.array(values)), abs=1e-3)
+    assert {row["target"] for key, row in rows.items() if key[1] == 0 and key[0] == "image"} == {
+        rows["image", 0, "ttame"]["target"]
+    }
+
+
+def test_a_killed_run_continues_and_measures_nothing_twice(
+    pictures: Path, model: TTameModel, finished: tuple[Path, dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "killed"
+    short = plan(pictures, metrics=("confidence", "mosaic"))
+    measured: list[tuple[str, tuple[int, ...]]] = []
+    real = module.measure_batch
+
+    def until_the_kill(model, method, batch, *rest):
+        if len(measured) == 7:
+            raise KeyboardInterrupt
+        measured.append((method.name, tuple(batch.indices.tolist())))
+        return real(model, method, batch, *rest)
+
+    monkeypatch.setattr(module, "_FLUSH_SECONDS", -1)  # every result is written at once
+    monkeypatch.setattr(module, "write_report", lambda *_: {"methods": {}})  # drawn by other tests
+    monkeypatch.setattr(module, "measure_batch", until_the_kill)
+    with pytest.raises(KeyboardInterrupt):
+        compare(model, short, output, progress=False)
+    assert not (output / "report.json").exists()
+    first = list(measured)
+
+    def noting(model, method, batch, *rest):
+        measured.append((method.name, tuple(batch.indices.tolist())))
+        return real(model, method, batch, *rest)
+
+    monkeypatch.setattr(module, "measure_batch", noting)
+    compare(model, short, output, progress=False)
+    jobs = [(name, index) for name, indices in measured for index in indices]
+    assert len(jobs) == len(set(jobs))
+    assert len(first) == 7
+    found, whole = rows_without_time(output), rows_without_time(finished[0])
+    assert found.keys() == whole.keys()
+    for key, row in found.items():
+        assert all(np.allclose(value, whole[key][name], atol=1e-3) for name, value in row.items())
+    # Once more: nothing is left to do. Then one method and one image more: only they are measured.
+    count = len(measured)
+    compare(model, plan(pictures, methods=("layercam",), metrics=("confidence",), limit=7), output, progress=False)
+    assert {name for name, _ in measured[count:]} == {"ttame", "layercam"}
+    assert [indices for name, indices in measured[count:] if name == "ttame"] == [(6,)]
+
+
+def test_results_of_another_run_are_not_mixed(
+    pictures: Path, model: TTameModel, finished: tuple[Path, dict], photo: Callable[..., Image.Image]
+) -> None:
+    with pytest.raises(ValueError, match=r"seed \(0 there, 1 here\)"):
+        compare(model, plan(pictures, seed=1), finished[0], progress=False)
+    other = TTameModel.from_backbone(model.backbone, head_init="random")
+    with pytest.raises(ValueError, match="head_fingerprint"):
+        compare(other, plan(pictures), finished[0], progress=False)
+
+
+def test_two_processes_share_the_work(pictures: Path, tmp_path: Path, vit_folder: Path) -> None:
+    explainer = tmp_path / "explainer"
+    TTameModel.from_backbone(vit_folder).save_pretrained(explainer)
+    arguments = [
+        "-m", "hf_ttame.cli", "compare", str(explainer), "--dataset", str(pictures), "--methods", "rollout,ones",
+        "--metrics", "confidence", "--limit", "7", "--batch-size", "2",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+    output = tmp_path / "by-two"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launch, *arguments, "--output", str(output)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert not list(output.glob("part-*"))
+    alone = tmp_path / "alone"
+    same = Plan(str(pictures), methods=("rollout", "ones"), metrics=("confidence",), limit=7, batch_size=2)
+    compare(TTameModel.from_pretrained(explainer), same, alone, progress=False)
+    rows = rows_without_time(output)
+    assert len(rows) == 7 * 3
+    assert same_rows(rows, rows_without_time(alone))
+
+
+def test_only_the_rows_that_are_asked_for(pictures: Path, model: TTameModel) -> None:
+    selected = Images(plan(pictures, where="number%3==1"), model)
+    assert sum(len(batch.indices) for batch in selected.batches(None)) == 3
+    assert parse_where("label % 5 == 0") == ("label", 5, 0)
+    for bad in ("label", "label%5", "label%x==0", "label%0==0"):
+        with pytest.raises(ValueError, match="--where"):
+            parse_where(bad)
+    with pytest.raises(ValueError, match="the columns: image, number"):
+        list(Images(plan(pictures, where="nothing%3==1"), model).batches(None))
+
+
+def test_boxes_are_moved_into_the_input(model: TTameModel, photo: Callable[..., Image.Image], tmp_path: Path) -> None:
+    # 128 x 128 pictures are halved and cropped to 64 (timm's crop of 0.95 to 1.0): a box over everything holds all.
+    everything = {"image": [photo(128, 128)], "box": [[0, 0, 128, 128]]}
+    folder = tmp_path / "boxes"
+    folder.mkdir()
+    datasets.Dataset.from_dict(everything, features=datasets.Features(
+        {"image": datasets.Image(), "box": datasets.List(datasets.Value("int64"))}
+    )).to_parquet(str(folder / "validation-0.parquet"))  # fmt: skip
+    (batch,) = Images(Plan(str(folder), box_column="box"), model).batches(None)
+    half = torch.zeros(1, 64, 64)
+    half[:, :, :32] = 1.0
+    assert module._inside_boxes(model, batch, half)["energy in box"].item() == pytest.approx(100)
+    batch.boxes = [[0, 0, 64, 128]]
+    assert module._inside_boxes(model, batch, half)["energy in box"].item() == pytest.approx(100)
+    assert module._inside_boxes(model, batch, 1 - half)["pointing game"].item() == 0
+    batch.boxes = [None]
+    assert module._inside_boxes(model, batch, half)["pointing game"].isnan().all()
+
+
+def test_mosaics_have_four_classes_and_use_an_image_once() -> None:
+    targets = torch.tensor([0, 0, 1, 2, 3, 3, 1, 2, 0, 4])
+    tiles = torch.zeros(10, 1, 2, 2)
+    scanned = Scan(torch.arange(10), targets, torch.ones(10), torch.zeros(10, 2, 2), tiles, torch.arange(10))
+    groups = scanned.mosaics(5, seed=0)
+    assert len(groups) == 2
+    assert len({row for group in groups for row in group}) == 8
+    assert all(len({int(targets[row]) for row in group}) == 4 for group in groups)
+    assert scanned.mosaics(1, seed=0) == groups[:1]
+
+
+def test_unreadable_pictures_are_left_out_and_two_are_needed(
+    model: TTameModel, photo: Callable[..., Image.Image], tmp_path: Path
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for number in range(3):
+        photo(seed=number).save(folder / f"{number}.png")
+    (folder / "broken.jpg").write_bytes(b"nothing")
+    report = compare(
+        model,
+        Plan(str(folder), methods=("ones",), metrics=("confidence",), batch_size=2),
+        tmp_path / "out",
+        progress=False,
+    )
+    assert report["images"] == 3
+    for number in (1, 2):
+        (folder / f"{number}.png").unlink()
+    with pytest.raises(ValueError, match="at least 2 readable images"):
+        compare(model, Plan(str(folder), methods=("ones",)), tmp_path / "other", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metrics": ("speed",)}, "metrics must be of"),
+        ({"metrics": ()}, "metrics must be of"),
+        ({"limit": 0}, "limit must be at least 1"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"mosaics": -1}, "mosaics"),
+    ],
+)
+def test_plans_are_checked(changes: dict, message: str, pictures: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan(pictures, **changes)
+
+
+def test_rows_survive_writing_and_damage_is_named(tmp_path: Path) -> None:
+    rows = {("image", 3, "b"): {"x": 1.5, "curve": [1.0, 2.0]}, ("mosaic", 0, "a"): {"y": 2.0}}
+    write_rows(tmp_path / "part-0000-1.parquet", rows)
+    assert Store(tmp_path).earlier == rows
+    (tmp_path / "part-0000-2.parquet").write_bytes(b"half a file")
+    with pytest.raises(ValueError, match=r"part-0000-2\.parquet is damaged"):
+        Store(tmp_path)
+
+
+def test_verdicts_and_bold_figures() -> None:
+    assert verdict({"low": -3, "high": -1}, "lower") == "better"
+    assert verdict({"low": -3, "high": -1}, "higher") == "worse"
+    assert verdict({"low": -1, "high": 1}, "lower") == "open"
+    assert verdict(None, "lower") == "not measured"
+    means = {
+        "ttame": {"m": {"mean": 2.0, "low": 1.0, "high": 3.0, "n": 9}},
+        "other": {"m": {"mean": 4.0, "low": 3.0, "high": 5.0, "n": 9}},
+        "ones": {"m": {"mean": 1.0, "low": 1.0, "high": 1.0, "n": 9}},
+    }
+    kinds = {"ttame": "one pass", "other": "gradient", "ones": "trivial"}
+    table = markdown_table(list(means), kinds, means, [Measure("m", "lower")])
+    assert "| ttame | **2.0** (1.0 to 3.0) |" in table
+    assert "| other | 4.0 (3.0 to 5.0) |" in table
+    assert "| *ones* | 1.0† (1.0 to 1.0) |" in table
+    assert "| other | **4.0**" in markdown_table(list(means), kinds, means, [Measure("m", "higher")])
+
+
+def test_summary_pairs_only_shared_images() -> None:
+    rows = {("image", n, "ttame"): {"AD soft 100": float(n)} for n in range(4)}
+    rows |= {("image", n, "slow"): {"AD soft 100": float(n) + 1} for n in range(2)}
+    found = summarise(rows, ["ttame", "slow"])
+    assert found["means"]["ttame"]["AD soft 100"] == {**mean_interval(np.arange(4.0))._asdict(), **{
+        k: round(v, 4) for k, v in mean_interval(np.arange(4.0))._asdict().items()}}  # fmt: skip
+    assert found["differences"]["slow"]["AD soft 100"] == {"mean": -1.0, "low": -1.0, "high": -1.0, "n": 2}
+    assert found["common"]["ttame"]["AD soft 100"] == {"mean": 0.5, "n": 2}
+    measure = next(m for m in FAITHFULNESS if m.name == "AD soft 100")
+    assert np.isnan(columns_of(rows, ["slow"], measure)[3, 0])
