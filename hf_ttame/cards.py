@@ -124,6 +124,7 @@ _CARD_FIELDS: dict[str, type | tuple[type, ...]] = {
     "classifier": str,  # its name in words
     "classifier_origin": str,
     "classifier_python": list,  # lines of Python that end by naming `backbone`, where the config has no Hub id
+    "explainer_python": str,  # a name that those lines define, in place of a folder or Hub id
     "base_model": str,  # Hub id of the classifier, where the config has none
     "datasets": list,  # Hub ids of the training data
     "report": str,  # file name, report.json if not given
@@ -262,6 +263,8 @@ def _facts(folder: Path, config: TTameConfig) -> dict[str, str]:
 
 def _usage(config: TTameConfig, own: Mapping[str, Any], repo_id: str | None) -> str:
     name = json.dumps(repo_id or "path/to/this/folder")
+    if repo_id is None and own.get("explainer_python", "").isidentifier():
+        name = own["explainer_python"]
     if config.backbone is not None or config.backbone_included:
         load = f"model = AutoModel.from_pretrained({name})"
         return _CODE.format(load=load) + "\n\n" + _PIPELINE.format(name=name)
@@ -306,7 +309,11 @@ def _figures(own: Mapping[str, Any], report: Any) -> str:
     differences = report.get("difference_to_ttame_95") or {}
     for method, values in differences.items():
         known = [(name, pair) for name, pair in values.items() if isinstance(pair, Sequence) and len(pair) == 2]
-        text = "; ".join(f"{escape(name)} {_number(low)} to {_number(high)}" for name, (low, high) in known)
+        digits = {"mean mask": 2}
+        text = "; ".join(
+            f"{escape(name)} {_number(low, digits.get(name, 1))} to {_number(high, digits.get(name, 1))}"
+            for name, (low, high) in known
+        )
         lines.append(f"- {escape(method)}: {text}")
     if not differences:
         lines.append(f"- {NOT_MEASURED}")
@@ -376,6 +383,11 @@ def _limits(config: TTameConfig, own: Mapping[str, Any], report: Any) -> list[st
         f"It reads {config.image_size[0]} x {config.image_size[1]} pixels: what the crop cuts away is marked as not "
         f"seen, and a map has {config.map_size[0]} x {config.map_size[1]} places, enlarged.",
     ]
+    if getattr(config, "converted_from", None):
+        limits.append(
+            f"It was converted ({escape(config.converted_from)}) from the documented layout of such files. The "
+            "conversion was tested on files made in that layout; no real checkpoint was at hand."
+        )
     if not report:
         limits.append(f"How faithful these maps are was {NOT_MEASURED}.")
     return limits + [escape(limit) for limit in own.get("limits", [])]

@@ -46,6 +46,7 @@ from .masking import min_max
 from .saving import (
     add_remote_code,
     check_download,
+    fetch_weights,
     fingerprint,
     move_into,
     patiently,
@@ -516,9 +517,15 @@ class TTameModel(PreTrainedModel):
         if kwargs.get("dtype") in (None, "auto"):
             kwargs["dtype"] = torch.float32  # a head stored in float16 computes in float32
         kwargs["use_safetensors"] = True  # a pickle is never opened
+        hub_kwargs: dict[str, Any] = {
+            key: kwargs[key] for key in ("token", "cache_dir", "local_files_only") if key in kwargs
+        }
+        where: dict[str, Any] = {**hub_kwargs, "revision": kwargs.get("revision")}
         cached = None if os.path.isdir(source) else (source, kwargs.get("revision"), kwargs.get("cache_dir"))
         loading_info = kwargs.get("output_loading_info", False)
         try:
+            if cached:
+                patiently(lambda: fetch_weights(source, **where))
             load = super().from_pretrained
             model, info = patiently(lambda: load(source, *args, **{**kwargs, "output_loading_info": True}))
         except SafetensorError as error:
@@ -536,7 +543,6 @@ class TTameModel(PreTrainedModel):
         if missing := [key for key in info["missing_keys"] if key.startswith("head.")]:
             raise ValueError(f"{source!r} lacks the head's weights {sorted(missing)[:4]}; download or copy it again")
         check_finite(model.head)
-        hub_kwargs = {key: kwargs[key] for key in ("token", "cache_dir", "local_files_only") if key in kwargs}
         model._load_backbone(source, backbone, strict, kwargs.get("revision"), kwargs.get("dtype"), hub_kwargs)
         return (model, info) if loading_info else model
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import huggingface_hub
 import torch
-from huggingface_hub.utils import HfHubHTTPError
+from huggingface_hub.utils import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from torch import nn
 
 # The one module that a repository holds: it names the installed package, so nobody's copy of the code can go stale.
@@ -97,11 +97,32 @@ def patiently(action: Callable[[], _Result]) -> _Result:
 
 def add_remote_code(part: Path) -> None:
     """Let `trust_remote_code=True` find the installed package where nothing imported it."""
+    for copied in part.glob("*.py"):
+        copied.unlink()  # transformers copies our own modules, torn apart, where a model came by remote code
     config = json.loads((part / "config.json").read_text())
     module = REMOTE_MODULE.removesuffix(".py")
     config["auto_map"] = {auto: f"{module}.{name}" for auto, name in _AUTO_MAP.items()}
     (part / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     (part / REMOTE_MODULE).write_text(_REMOTE_CODE)
+
+
+def fetch_weights(repo_id: str, **where: Any) -> None:
+    """Fetch the head's weights into the cache, as safetensors.
+
+    Without this, transformers would ask a service to convert a repository that has only pickles.
+
+    Raises:
+        FileNotFoundError: the repository has no safetensors.
+    """
+    for name in ("model.safetensors", "model.safetensors.index.json"):
+        try:
+            huggingface_hub.hf_hub_download(repo_id, name, **where)
+            return
+        except LocalEntryNotFoundError:
+            return  # offline: loading itself says what is missing
+        except EntryNotFoundError:
+            continue
+    raise FileNotFoundError("it has no model.safetensors, and nothing else is opened; publish it with `ttame push`")
 
 
 def check_download(repo_id: str, revision: str | None, cache_dir: Any = None) -> None:
