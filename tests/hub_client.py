@@ -68,6 +68,8 @@ def push() -> dict[str, Any]:
     from hf_ttame.hub import push_folder
 
     found["same class"] = type(remote) is TTameModel
+    named = TTameModel.from_pretrained("org/ready", backbone="org/tiny-vit", strict=True)  # it had it included
+    found["named"] = [named.config.backbone, named.config.backbone_revision]
     say = found["lines"].append
     for name, backbone in (("vit", "org/tiny-vit"), ("timm", "timm/tiny-resnet")):
         model = seed_head(TTameModel.from_backbone(backbone))
@@ -133,7 +135,8 @@ def load() -> dict[str, Any]:
     found["explained"] = [entry["overlay"].size for entry in explain("photo.jpg", top_k=2)]
     found["no explainer"] = outcome(lambda: pipeline("image-explanation", model="org/tiny-vit"))
 
-    for name in ("nobody/nothing", "org/ttame-gated", "org/ttame-bare", "org/ttame-outside", "org/ttame-pickle"):
+    unwanted = ("gated", "bare", "outside", "absolute", "pickle")
+    for name in ("nobody/nothing", *(f"org/ttame-{name}" for name in unwanted)):
         found[name] = outcome(lambda: AutoModel.from_pretrained(name))  # noqa: B023
     found["no revision"] = outcome(lambda: AutoModel.from_pretrained("org/ttame-vit", revision="v9"))
     found["remote backbone"] = outcome(lambda: AutoModel.from_pretrained("org/ttame-remote"))
@@ -206,6 +209,10 @@ DOWNLOAD_FAULTS = [
     ("500", "HEAD /org/ttame-vit/resolve", 1),
     ("429", "HEAD /org/ttame-vit/resolve", 1),
     ("403", WEIGHTS, 99),
+    ("gated", "/org/ttame-vit", 99),
+    ("RepoNotFound", "/org/ttame-vit", 99),
+    ("RevisionNotFound", "/org/ttame-vit", 99),
+    ("EntryNotFound", "/org/ttame-vit/resolve/.*model.safetensors", 99),
 ]
 UPLOAD_FAULTS = [
     ("500", "POST .*/commit/", 1),

@@ -59,7 +59,9 @@ class Repository:
 class Fault:
     """What goes wrong, for the next `times` requests whose "METHOD /path" matches."""
 
-    kind: str  # "500", "503", "429", "cut" (half the body), "checksum" (one byte flipped), "slow" (stalls `seconds`)
+    # A status such as "500"; "cut" (half the body), "checksum" (one byte flipped), "slow" (stalls `seconds`), "gated",
+    # or a 404 by the name that the Hub gives it.
+    kind: str
     match: str
     times: int = 1
     seconds: float = 2.0
@@ -130,6 +132,10 @@ class Hub:
                 await request.body()
                 headers = {"Retry-After": "1"} if fault.kind == "429" else {}
                 return JSONResponse({"error": f"fault {fault.kind}"}, int(fault.kind), headers)
+            if fault.kind == "gated":
+                return _gated("org/name")
+            if fault.kind in ("RepoNotFound", "RevisionNotFound", "EntryNotFound"):
+                return _missing(fault.kind, fault.kind)
             if fault.kind == "slow":
                 await asyncio.sleep(fault.seconds)
         response = await self._answer(request, path)

@@ -19,7 +19,7 @@ from conftest import make_timm, make_vit
 from hub_server import TOKEN, running_hub
 from safetensors.torch import load_file
 from timm.models._hub import save_for_hf
-from transformers import AutoImageProcessor
+from transformers import AutoImageProcessor, AutoModel, ViTForImageClassification
 from typer.testing import CliRunner
 
 from hf_ttame import TTameModel
@@ -47,8 +47,6 @@ def saved(vit, tmp_path):
 
 
 def test_another_architecture_of_as_many_classes_is_refused(vit, tmp_path):
-    from transformers import ViTForImageClassification
-
     vit.save_pretrained(tmp_path, include_backbone=False)
     wide = ViTForImageClassification(type(vit.backbone.config)(**{**vit.backbone.config.to_dict(), "hidden_size": 32}))
     with pytest.raises(ValueError, match=r"the head reads 24 channels on a grid of \(4, 4\).*this backbone gives 32"):
@@ -77,6 +75,14 @@ def test_saving_after_an_override_names_the_backbone_in_use(vit, vit_folder, tmp
     # The same weights from another place are still the recorded ones.
     same = TTameModel.from_pretrained(tmp_path / "first", backbone=vit_folder)
     assert (same.config.backbone, same.config.backbone_revision) == ("org/first", "a" * 40)
+
+
+def test_auto_model_takes_a_backbone_too(vit, vit_folder, hf_vit, tmp_path):
+    vit.save_pretrained(tmp_path, include_backbone=False)
+    for backbone in (vit_folder, str(vit_folder), hf_vit):
+        model = AutoModel.from_pretrained(tmp_path, backbone=backbone, strict=True)
+        assert model.config.backbone is None
+        assert torch.equal(model(torch.ones(1, 3, 64, 64)).logits, vit(torch.ones(1, 3, 64, 64)).logits)
 
 
 def test_an_unknown_commit_is_never_saved(vit, tmp_path):
@@ -376,6 +382,10 @@ def loaded(hub, work, pushed, vit_folder):
     outside["model.safetensors.index.json"] = json.dumps(weights).encode()
     outside["../../evil.safetensors"] = explainer["model.safetensors"]
     hub.put("org/ttame-outside", outside)
+    outside["model.safetensors.index.json"] = json.dumps(
+        {**weights, "weight_map": {"head.fuser.weight": str(work / "evil.safetensors")}}
+    ).encode()
+    hub.put("org/ttame-absolute", outside)
     pickled = {k: v for k, v in explainer.items() if k != "model.safetensors"}
     torch.save({"x": torch.zeros(1)}, work / "pytorch_model.bin")
     pickled["pytorch_model.bin"] = (work / "pytorch_model.bin").read_bytes()
@@ -397,6 +407,7 @@ def loaded(hub, work, pushed, vit_folder):
     (work / "cards").mkdir()
     for card in ROOT.glob("model_cards/*/README.md"):
         shutil.copy(card, work / "cards" / f"{card.parent.name}.md")
+    shutil.copy(ROOT / "docs" / "hub.md", work / "cards" / "docs.md")
     (work / "cards" / "pushed.md").write_bytes(explainer["README.md"])
     shutil.copytree(work / "vit", work / "path" / "to" / "this" / "folder")
     shutil.copytree(vit_folder, work / "path" / "to" / "the" / "classifier")
@@ -435,6 +446,7 @@ def test_the_pipeline_by_its_hub_id(loaded):
         ("org/ttame-bare", "has no model.safetensors, and nothing else is opened"),
         ("org/ttame-pickle", "has no model.safetensors, and nothing else is opened"),
         ("org/ttame-outside", "evil.safetensors|not"),
+        ("org/ttame-absolute", "evil.safetensors|not"),
         ("remote backbone", "trust_remote_code"),
         ("path backbone", "Repo id must|'/etc/x'"),
     ],
@@ -452,7 +464,7 @@ def test_nothing_foreign_ran_or_left_the_cache(loaded, work):
 
 def test_code_of_cards_runs_as_printed(loaded):
     ran = {name for name, _ in loaded["cards"]}
-    assert ran == {"pushed", "vgg16", "resnet50", "vit_b_16", "efficientnet_lite0", "dinov2_small"}
+    assert ran == {"pushed", "docs", "vgg16", "resnet50", "vit_b_16", "efficientnet_lite0", "dinov2_small"}
     assert [entry for entry in loaded["cards"] if entry[1] != "ok"] == []
     assert "photo_explained.png" in loaded["written"]
 
@@ -463,6 +475,10 @@ def test_without_the_import(pushed):
     assert not pushed["imported"]
     assert pushed["remote"] == ["hf_ttame.modeling_ttame", True]
     assert pushed["same class"]
+
+
+def test_an_included_backbone_can_be_named_later(hub, pushed):
+    assert pushed["named"] == ["org/tiny-vit", hub.repository("org/tiny-vit").branches["main"]]
 
 
 @pytest.fixture(scope="module")
