@@ -11,7 +11,7 @@ import os
 import re
 import string
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +81,9 @@ def render_card(folder: str | os.PathLike, repo_id: str | None = None) -> str:
     """The card of an explainer as Markdown with its metadata.
 
     Args:
-        folder: holds `config.json`; and, each optional, `report.json` (`images`, `dataset`, `methods`: {method:
-            {measure: value}}, `difference_to_ttame_95`: {method: {measure: [low, high]}}), `training.json` (as
-            `training/train.py` writes it), and `card.json` (see `_CARD_FIELDS`).
+        folder: holds `config.json`; and, each optional, `report.json` (of `ttame compare` or of
+            `benchmarks/confidence.py`, see `_normalised`), `training.json` (as `training/train.py` writes it), and
+            `card.json` (see `_CARD_FIELDS`).
         repo_id: where it is published; None: as `card.json` says, else the code loads a folder.
 
     Raises:
@@ -95,7 +95,7 @@ def render_card(folder: str | os.PathLike, repo_id: str | None = None) -> str:
         raise ValueError(f"{str(folder)!r} holds no explainer: config.json of model_type 'ttame' is needed")
     config = TTameConfig.from_dict(facts)
     own = _card_facts(folder)
-    report = _read(folder / own.get("report", "report.json"))
+    report = _normalised(_read(folder / own.get("report", "report.json")))
     training = _read(folder / "training.json")
     repo_id = repo_id or own.get("repo_id")
     if repo_id is not None:
@@ -198,8 +198,8 @@ def _results(report: Mapping[str, Any]) -> list[EvalResult] | None:
         EvalResult(
             task_type="image-classification",
             task_name="explanation of the predicted class",
-            dataset_type=re.sub(r"[^a-z0-9]+", "-", str(report.get("dataset", "unknown")).lower()).strip("-"),
-            dataset_name=str(report.get("dataset", NOT_RECORDED)),
+            dataset_type=re.sub(r"[^a-z0-9]+", "-", str(report["dataset"]).lower()).strip("-"),
+            dataset_name=str(report["dataset"]),
             metric_type=re.sub(r"[^a-z0-9]+", "_", measure.lower()),
             metric_name=measure,
             metric_value=value,
@@ -209,9 +209,41 @@ def _results(report: Mapping[str, Any]) -> list[EvalResult] | None:
     ]
 
 
+def _normalised(report: Any) -> dict[str, Any] | None:
+    """The two forms of report as one.
+
+    `methods` is {method: {measure: value}}, or {method: {"measures": {measure: {"mean", "low", "high"}}, and the
+    cost}}; `difference_to_ttame_95` is {method: {measure: [low, high]}}, `differences` {method: {measure: {"low",
+    "high"}}}.
+    """
+    if not isinstance(report, dict) or not isinstance(report.get("methods"), dict):
+        return None
+    methods: dict[str, dict[str, Any]] = {}
+    intervals: dict[str, dict[str, Any]] = {}
+    for name, entry in report["methods"].items():
+        measures = entry.get("measures", entry) or {}
+        methods[name] = {m: v.get("mean") if isinstance(v, dict) else v for m, v in measures.items()}
+        intervals[name] = {m: v for m, v in measures.items() if isinstance(v, dict) and "low" in v and "high" in v}
+    differences = dict(report.get("difference_to_ttame_95") or {})
+    for name, table in (report.get("differences") or {}).items():
+        differences[name] = {m: [v["low"], v["high"]] for m, v in table.items() if isinstance(v, dict) and "low" in v}
+    data = report.get("dataset") or report.get("data") or NOT_RECORDED
+    return {
+        "images": report.get("images"),
+        "dataset": "a local folder" if is_local_path(data) else data,
+        "map_scaling": report.get("map_scaling"),
+        "methods": methods,
+        "intervals": intervals,
+        "differences": differences,
+        "cost": {name: entry for name, entry in report["methods"].items() if "ms_per_map" in entry},
+        "environment": report.get("environment") or {},
+        "sanity": report.get("sanity") or {},
+    }
+
+
 def _own_method(report: Mapping[str, Any]) -> str | None:
     """The method of the report that is this explainer's map."""
-    methods = report.get("methods") or {}
+    methods = report["methods"]
     wanted = f"ttame {report.get('map_scaling')}"
     found = (
         [wanted] if wanted in methods else [m for m in methods if re.sub("[^a-z]", "", m.lower()).startswith("ttame")]
@@ -279,11 +311,11 @@ def _number(value: Any, digits: int = 1) -> str:
 
 
 def _figures(own: Mapping[str, Any], report: Any) -> str:
-    if not report or not report.get("methods"):
+    if not report or not report["methods"]:
         names = "average drop and increase in confidence, ROAD, insertion and deletion, pointing game, latency"
         return f"{names[0].upper()}{names[1:]}: **{NOT_MEASURED}**."
     lines = [
-        f"{_count(report.get('images'))} photographs of {escape(report.get('dataset', NOT_RECORDED))}, the predicted "
+        f"{_count(report['images'])} photographs of {escape(report['dataset'])}, the predicted "
         "class. Average drop / increase in confidence in percent (lower / higher is better) when only the top 100, 50 "
         "or 15 % of a map's pixels are kept. Soft masks keep the map's values and favour bright maps: the mean mask "
         "stands beside them, and binary masks have equal area.",
@@ -306,9 +338,10 @@ def _figures(own: Mapping[str, Any], report: Any) -> str:
         "Paired 95 % intervals of this explainer's value minus the other's, bootstrap over the photographs:",
         "",
     ]
-    differences = report.get("difference_to_ttame_95") or {}
+    differences = report["differences"]
+    shared = {"mean mask", *(f"{kind} {mask}" for kind in ("AD", "IC") for mask in _MASKS)}
     for method, values in differences.items():
-        known = [(name, pair) for name, pair in values.items() if isinstance(pair, Sequence) and len(pair) == 2]
+        known = [(name, pair) for name, pair in values.items() if name in shared and len(pair) == 2]
         digits = {"mean mask": 2}
         text = "; ".join(
             f"{escape(name)} {_number(low, digits.get(name, 1))} to {_number(high, digits.get(name, 1))}"
@@ -317,6 +350,29 @@ def _figures(own: Mapping[str, Any], report: Any) -> str:
         lines.append(f"- {escape(method)}: {text}")
     if not differences:
         lines.append(f"- {NOT_MEASURED}")
+    if mine and report["intervals"].get(mine):
+        lines += ["", "Every measure of this explainer, with its 95 % interval:", ""]
+        for name, entry in report["intervals"][mine].items():
+            values = [_number(entry.get(key), 3) for key in ("mean", "low", "high")]
+            lines.append(f"- {escape(name)}: {values[0]} ({values[1]} to {values[2]})")
+    if report["cost"]:
+        device = report["environment"].get("device", NOT_RECORDED)
+        lines += [
+            "",
+            f"Cost of a map on {escape(device)}:",
+            "",
+            "| map | forward | backward | ms |",
+            "|---|---|---|---|",
+        ]
+        for method, entry in report["cost"].items():
+            values = [_number(entry.get(key)) for key in ("forward_passes", "backward_passes", "ms_per_map")]
+            lines.append(f"| {escape(method)} | " + " | ".join(values) + " |")
+    if report["sanity"]:
+        lines += ["", "Sanity checks:", ""]
+        for name, check in report["sanity"].items():
+            passed = "passed" if check.get("passed") is True else "**not passed**"
+            must, value = escape(check.get("must", NOT_RECORDED)), escape(check.get("value", NOT_MEASURED))
+            lines.append(f"- {escape(name)}: {value}, must be {must}: {passed}")
     if "measured_with" in own:
         lines += ["", "Measured with:", "", *_indented(own["measured_with"])]
     return "\n".join(lines)

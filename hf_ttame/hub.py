@@ -18,7 +18,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, RepoCard
 from huggingface_hub.utils import HfHubHTTPError, RepositoryNotFoundError, validate_repo_id
 
 from .cards import GENERATED, write_card
-from .saving import REMOTE_MODULE, is_local_path, patiently
+from .saving import HUB_ERRORS, REMOTE_MODULE, is_local_path, patiently
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".npy")
 KINDS = ("model", "dataset", "space")
@@ -155,8 +155,9 @@ def push_folder(
                 create_pr=create_pr,
             )
         )
-    except (HfHubHTTPError, OSError, RuntimeError) as error:
-        reason = f"{error} {error.__cause__ or ''}".strip()
+    except HUB_ERRORS as error:
+        cause = str(error.__cause__ or "")
+        reason = str(error) if cause in str(error) else f"{error} {cause}"
         raise ConnectionError(
             f"{repo_id!r} was not pushed: {_without_tokens(reason)}\nThe folder is complete; repeat with: "
             + _command(folder, repo_id, kind, include_examples, private, revision, create_pr)
@@ -259,7 +260,10 @@ def check_contents(folder: Path, files: list[Path], include_examples: bool = Fal
         text = file.read_text(errors="replace")
         if _TOKEN.search(text):
             raise ValueError(f"{name!r} holds an access token; remove it, and revoke it on the Hub's settings page")
-        entries = list(_strings(_read_json(file))) if file.suffix == ".json" else []
+        content = _read_json(file) if file.suffix == ".json" else {}
+        if name == "report.json" and isinstance(content, dict):
+            content = {key: value for key, value in content.items() if key != "pictures"}  # the report's own plots
+        entries = list(_strings(content))
         places = [value for _, value in entries if is_local_path(value)]
         if file.suffix != ".py":
             places += _PATH_IN_TEXT.findall(text)

@@ -19,6 +19,8 @@ from torch import nn
 REMOTE_MODULE = "hf_ttame_remote.py"
 _REMOTE_CODE = "from hf_ttame import TTameConfig, TTameModel  # pip install hf-ttame\n"
 _AUTO_MAP = {"AutoConfig": "TTameConfig", "AutoModel": "TTameModel", "AutoModelForImageClassification": "TTameModel"}
+# What the Hub's client raises; its HTTP library, whose errors it lets through, is not the same in all its versions.
+HUB_ERRORS: tuple[type[Exception], ...] = (HfHubHTTPError, *HfHubHTTPError.__bases__, OSError, RuntimeError)
 _TRIES, _WAIT = 4, 0.5  # seconds, doubled after every try
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 _Result = TypeVar("_Result")
@@ -74,7 +76,7 @@ def resolve_commit(repo_id: str, revision: str | None, **hub_kwargs: Any) -> str
         return None
     try:
         return huggingface_hub.HfApi(token=hub_kwargs.get("token")).model_info(repo_id, revision=revision).sha
-    except (HfHubHTTPError, OSError):  # not there, or no connection
+    except HUB_ERRORS:  # not there, or no connection
         return None
 
 
@@ -118,8 +120,11 @@ def fetch_weights(repo_id: str, **where: Any) -> None:
         try:
             huggingface_hub.hf_hub_download(repo_id, name, **where)
             return
-        except LocalEntryNotFoundError:
-            return  # offline: loading itself says what is missing
+        except LocalEntryNotFoundError:  # no connection, and not in the cache under this name
+            index = {key: where.get(key) for key in ("cache_dir", "revision")}
+            if isinstance(huggingface_hub.try_to_load_from_cache(repo_id, f"{name}.index.json", **index), str):
+                return
+            raise
         except EntryNotFoundError:
             continue
     raise FileNotFoundError("it has no model.safetensors, and nothing else is opened; publish it with `ttame push`")

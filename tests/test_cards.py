@@ -108,6 +108,34 @@ def test_training_record_and_report(folder, tmp_path):
     assert "/home" not in render_card(tmp_path / "x")
 
 
+def test_a_report_of_ttame_compare(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "x")
+
+    def entry(kind, drop, **cost):
+        measure = {"mean": drop, "low": drop - 1, "high": drop + 1, "n": 40}
+        return {"kind": kind, "measures": {"AD soft 50": measure, "ROAD MoRF accuracy": measure}, **cost}
+
+    cost = {"forward_passes": 1.0, "backward_passes": 0.0, "ms_per_map": 12.25}
+    report = {
+        "images": 40,
+        "data": "/home/me/patients validation",
+        "methods": {"ttame": entry("ours", 30.125, **cost), "gradcam": entry("gradient", 41.0)},
+        "differences": {"gradcam": {"AD soft 50": {"mean": -11, "low": -13.25, "high": -8.75, "n": 40}}},
+        "environment": {"device": "cpu"},
+        "sanity": {"randomised": {"value": 0.5, "must": "< 0.3", "passed": False}},
+        "pictures": {"ROAD": "road.png"},
+    }
+    (tmp_path / "x/report.json").write_text(json.dumps(report))
+    card = render_card(tmp_path / "x")
+    assert "40 photographs of a local folder" in card
+    assert "| **ttame (this explainer)** | not measured | not measured | 30.1 / not measured |" in card
+    assert "- ROAD MoRF accuracy: 30.125 (29.125 to 31.125)" in card
+    assert "- gradcam: AD soft 50 -13.2 to -8.8" in card
+    assert "| ttame | 1.0 | 0.0 | 12.2 |" in card
+    assert "- randomised: 0.5, must be &lt; 0.3: **not passed**" in card
+    assert {r.metric_type: r.metric_value for r in ModelCard(card).data.eval_results}["ad_soft_50"] == 30.125
+
+
 HOSTILE = "x](http://evil) <script>alert(1)</script> | `rm -rf` \n# Heading ![p](http://evil/p.png) ---\nlicense: mit"
 
 

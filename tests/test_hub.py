@@ -167,6 +167,17 @@ def test_an_incomplete_folder_is_not_sent(saved, name):
         push_folder(saved, "org/x", say=lambda line: None)
 
 
+def test_every_shard_is_needed(vit, tmp_path):
+    vit.save_pretrained(tmp_path / "x", include_backbone=False, max_shard_size="5KB")
+    write_card(tmp_path / "x")
+    shards = sorted((tmp_path / "x").glob("model-*.safetensors"))
+    assert len(shards) > 1
+    assert set(shards) <= set(files_to_push(tmp_path / "x", "model")[0])
+    shards[0].unlink()
+    with pytest.raises(ValueError, match=f"not complete: {shards[0].name} missing"):
+        files_to_push(tmp_path / "x", "model")
+
+
 def test_links_are_not_followed(saved, tmp_path):
     (tmp_path / "secret").write_text("secret")
     (saved / "report.json").symlink_to(tmp_path / "secret")
@@ -217,6 +228,11 @@ def test_datasets_of_maps_without_names_of_pictures(tmp_path, columns, refused):
     else:
         with pytest.raises(ValueError, match=rf"has the columns \['{refused}'\]"):
             check_contents(tmp_path, files)
+
+
+def test_names_of_the_reports_own_plots_are_no_secret(saved):
+    (saved / "report.json").write_text(json.dumps({"pictures": {"ROAD": "road.png"}}))
+    check_contents(saved, files_to_push(saved, "model")[0])
 
 
 def test_kinds(saved, tmp_path):
