@@ -10,7 +10,6 @@ import json
 import os
 import re
 import string
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -68,12 +67,12 @@ def write_card(folder: str | os.PathLike, repo_id: str | None = None, output: Pa
     text = render_card(folder, repo_id)
     target = output or Path(folder, "README.md")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=target.parent, prefix=".card-", delete=False, encoding="utf-8") as part:
-        part.write(text)
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(part.name, 0o666 & ~umask)
-    os.replace(part.name, target)
+    part = target.with_name(f".{target.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
     return target
 
 

@@ -283,6 +283,22 @@ def test_the_command_card(saved):
     assert (saved / "README.md").read_text() == render_card(saved, "org/x")
 
 
+def test_the_documented_figures_are_the_measured_ones():
+    measured = json.loads((ROOT / "benchmarks" / "hub.json").read_text())
+    page = (ROOT / "docs" / "hub.md").read_text()
+    names = {"vgg16": "VGG-16", "resnet50": "ResNet-50", "vit_base_patch16_224": "ViT-B/16"}
+    for name, size in measured["repository MB"].items():
+        row = (
+            f"| {names.get(name, name)} | {size['classes']:,d} | {size['float32']:.1f} MB | {size['float16']:.1f} MB |"
+        )
+        assert row in page
+    for case, found in measured["first map"].items():
+        assert f"| {case} | {found['from_pretrained s']:.1f} s | {found['first map s']:.1f} s | yes |" in page
+        assert found["equal to the bit"]
+    assert page.count("| load, ") + page.count("| push, ") == len(measured["faults"])
+    assert {row["the next one"] for row in measured["faults"]} == {"ok"}
+
+
 # ---- with a Hub -----------------------------------------------------------------------------------------------------
 
 
