@@ -30,7 +30,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-# Importing registers the Auto classes. The command `ttame` alone leaves that to the moment when it needs a model:
-# `ttame --help` must answer at once, and torch and transformers take seconds to import.
+# Importing registers the Auto classes and the pipeline. The command `ttame` alone leaves that to the moment when it
+# needs a model: `ttame --help` must answer at once, and torch and transformers take seconds to import.
 if PurePath((getattr(sys, "argv", None) or [""])[0]).name not in ("ttame", "ttame.exe"):
-    importlib.import_module(".modeling_ttame", __name__)
+    importlib.import_module(".pipeline", __name__)

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 from .image_processing import processor_from_timm
+from .saving import patiently, resolve_commit
 
 # Image classifiers of transformers that cannot be explained by a map, by model type.
 _WITHOUT_MAPS = {
@@ -68,15 +69,17 @@ def load_backbone(
             f"{name!r} is neither a folder nor a Hub id; a Hub id has the form 'timm/resnet50.a1_in1k'; "
             "for a timm architecture without weights pass pretrained=False"
         )
-    where = {"revision": revision, "subfolder": subfolder, **hub_kwargs}
+    where = {"revision": revision, "subfolder": subfolder, "trust_remote_code": False, **hub_kwargs}
     attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
         config = AutoConfig.from_pretrained(name, **where)
         check_spatial(config)
         if getattr(config, "model_args", None):
             config.model_args.pop("num_classes", None)  # repeated by some timm repositories
-        model, info = AutoModelForImageClassification.from_pretrained(
-            name, config=config, dtype=dtype, output_loading_info=True, **attention, **where
+        model, info = patiently(
+            lambda: AutoModelForImageClassification.from_pretrained(
+                name, config=config, dtype=dtype, output_loading_info=True, **attention, **where
+            )
         )
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"the backbone {name!r} cannot be loaded: {error}") from error
@@ -94,8 +97,9 @@ def load_backbone(
             processor = processor_from_timm(config.pretrained_cfg, input_channels(model))
         else:
             processor = _load_processor(name, where)
-    commit = getattr(model.config, "_commit_hash", None)
-    return Backbone(model, processor, None if local else name, None if local else commit or revision)
+    if local:
+        return Backbone(model, processor)
+    return Backbone(model, processor, name, resolve_commit(name, revision, **hub_kwargs) or revision)
 
 
 def _load_processor(name: str, where: dict[str, Any]) -> Any:

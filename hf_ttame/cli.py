@@ -124,6 +124,63 @@ def layers(
     typer.echo("* default feature layers; pass others with feature_layers=[...], fine to coarse")
 
 
+@app.command()
+def card(
+    folder: Annotated[Path, typer.Argument(help="Explainer: a folder with config.json, report.json, training.json.")],
+    repo_id: Annotated[str | None, typer.Option(help="Where it will be published: the card's code names it.")] = None,
+    output: Annotated[Path | None, typer.Option(help="File to write. Default: README.md in the folder.")] = None,
+) -> None:
+    """Write an explainer's model card. What was not measured says so; card.json adds licences and origin."""
+    _quiet()
+    from .cards import write_card
+
+    typer.echo(f"wrote {write_card(folder, repo_id, output)}")
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Explainer, dataset of maps, or Space.")],
+    repo_id: Annotated[str, typer.Argument(help="'organisation/name' on the Hub; created where it does not exist.")],
+    private: Annotated[bool, typer.Option("--private", help="Only you and your organisation can see it.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch; created where it does not exist.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    include_examples: Annotated[
+        bool, typer.Option("--include-examples", help="Also send pictures and their names; never without this.")
+    ] = False,
+    kind: Annotated[str | None, typer.Option(help="model, dataset or space. Default: what the folder holds.")] = None,
+    message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
+) -> None:
+    """Publish a folder in one commit; every file is listed first. The token is the one of `hf auth login`."""
+    _quiet()
+    from .hub import push_folder
+
+    info = push_folder(
+        folder,
+        repo_id,
+        kind=kind,
+        include_examples=include_examples,
+        commit_message=message,
+        private=private or None,
+        revision=revision,
+        create_pr=create_pr,
+        say=typer.echo,
+    )
+    typer.echo(f"published: {info.pr_url or info.commit_url}")
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="The authors' .ckpt: VGG-16, ResNet-50 or ViT-B/16.")],
+    output: Annotated[Path, typer.Option(help="Folder for the explainer.")],
+) -> None:
+    """Convert a checkpoint of the paper's authors (for academic, non-commercial use) to an explainer."""
+    _quiet()
+    from .convert import convert_to_folder
+
+    model = convert_to_folder(checkpoint, output)
+    typer.echo(f"wrote {output}: {model.config.converted_from}; for academic, non-commercial use only")
+
+
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
     add_help_option=False,

@@ -89,6 +89,16 @@ class TTameConfig(PretrainedConfig):
         self.check()
         super().__init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As `PretrainedConfig.from_dict`, except that `backbone` is left to the model.
+
+        `AutoModel.from_pretrained(..., backbone=FOLDER_OR_MODULE)` would otherwise write it into the config.
+        """
+        own = {"backbone": kwargs.pop("backbone")} if "backbone" in kwargs else {}
+        found = super().from_dict(config_dict, **kwargs)
+        return (found[0], {**found[1], **own}) if isinstance(found, tuple) else found
+
     def check(self) -> None:
         """Raise ValueError where a value is out of range; values set after construction are checked by the model."""
         if not isinstance(self.format_version, int) or not 1 <= self.format_version <= FORMAT_VERSION:

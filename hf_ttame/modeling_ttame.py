@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, PreTrainedModel
@@ -43,7 +44,16 @@ from .image_processing import (
 )
 from .layer_choice import choose_layers, find_pooled_classifier
 from .masking import min_max
-from .saving import fingerprint, move_into, portable_config
+from .saving import (
+    add_remote_code,
+    check_download,
+    fetch_weights,
+    fingerprint,
+    move_into,
+    patiently,
+    portable_config,
+    resolve_commit,
+)
 
 MAX_MAP_SIDE = 56  # the map grid is the largest grid among the layers, at most this
 _REMEMBERED_PLACEMENTS = 4096
@@ -462,7 +472,12 @@ class TTameModel(PreTrainedModel):
             raise ValueError(f"{target} is a file; give a folder to save into")
         if kwargs.pop("push_to_hub", False):
             raise ValueError("save_pretrained only writes files; use model.push_to_hub(repo_id) to publish")
-        include = self.config.backbone is None if include_backbone is None else include_backbone
+        include = self._pin_backbone() if include_backbone is None else include_backbone
+        if not include and self.config.backbone is not None and self._pin_backbone():
+            raise ValueError(
+                f"the commit of {self.config.backbone!r} is not known and the Hub cannot be asked, so the saved head "
+                "could meet other weights later; pass revision=COMMIT to from_backbone, or include_backbone=True"
+            )
         target.parent.mkdir(parents=True, exist_ok=True)
         before = self.config.backbone_included
         with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as part:
@@ -476,6 +491,7 @@ class TTameModel(PreTrainedModel):
                 super().save_pretrained(part, **kwargs)
             finally:
                 self.config.backbone_included = before
+            add_remote_code(Path(part))
             if self.image_processor is not None:
                 self.image_processor.save_pretrained(part)
             if include:
@@ -483,6 +499,20 @@ class TTameModel(PreTrainedModel):
                 backbone.save_pretrained(Path(part, "backbone"))
                 self.image_processor.save_pretrained(Path(part, "backbone"))
             move_into(Path(part), target)
+
+    def _pin_backbone(self) -> bool:
+        """Record the commit of the backbone's Hub id. True where none is known: the backbone must be included."""
+        if self.config.backbone is None:
+            return True
+        commit = resolve_commit(self.config.backbone, self.config.backbone_revision)
+        self.config.backbone_revision = commit or self.config.backbone_revision
+        return commit is None
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Publish the explainer with its card in one commit; arguments as `hf_ttame.hub.push_model`."""
+        from .hub import push_model
+
+        return push_model(self, repo_id, **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -497,7 +527,8 @@ class TTameModel(PreTrainedModel):
 
         Args:
             pretrained_model_name_or_path: a folder or a Hub id.
-            backbone: a folder, Hub id or module to use instead of the recorded one. It must have the same classes.
+            backbone: a folder, Hub id or module to use instead of the recorded one. It must have the same classes,
+                and the same channels and grids in the tapped layers. The config then names it.
             strict: raise, instead of warning, where the backbone's weights are not those the head was trained on.
             **kwargs: as `PreTrainedModel.from_pretrained`; dtype defaults to float32, attn_implementation is the
                 backbone's, with a device_map the backbone goes where the head does.
@@ -506,23 +537,36 @@ class TTameModel(PreTrainedModel):
             ValueError: no backbone is at hand, or one that the head cannot belong to.
         """
         source = os.fspath(pretrained_model_name_or_path)
-        kwargs.setdefault("dtype", torch.float32)  # a head stored in float16 computes in float32
+        if kwargs.get("dtype") in (None, "auto"):
+            kwargs["dtype"] = torch.float32  # a head stored in float16 computes in float32
+        kwargs["use_safetensors"] = True  # a pickle is never opened
+        hub_kwargs: dict[str, Any] = {
+            key: kwargs[key] for key in ("token", "cache_dir", "local_files_only") if key in kwargs
+        }
+        where: dict[str, Any] = {**hub_kwargs, "revision": kwargs.get("revision")}
+        cached = None if os.path.isdir(source) else (source, kwargs.get("revision"), kwargs.get("cache_dir"))
         loading_info = kwargs.get("output_loading_info", False)
         attention = {key: kwargs.pop(key) for key in ("attn_implementation",) if key in kwargs}
         try:
-            model, info = super().from_pretrained(source, *args, **{**kwargs, "output_loading_info": True})
+            if cached:
+                patiently(lambda: fetch_weights(source, **where))
+            load = super().from_pretrained
+            model, info = patiently(lambda: load(source, *args, **{**kwargs, "output_loading_info": True}))
         except SafetensorError as error:
+            if cached:
+                check_download(*cached)
             raise ValueError(
                 f"the weights in {source!r} are damaged ({error}); download or copy the folder again"
             ) from error
         except (OSError, RuntimeError) as error:
+            if cached:
+                check_download(*cached)
             raise ValueError(f"the explainer {source!r} cannot be loaded: {error}") from error
+        if cached:
+            check_download(*cached)
         if missing := [key for key in info["missing_keys"] if key.startswith("head.")]:
             raise ValueError(f"{source!r} lacks the head's weights {sorted(missing)[:4]}; download or copy it again")
         check_finite(model.head)
-        hub_kwargs: dict[str, Any] = {
-            key: kwargs[key] for key in ("token", "cache_dir", "local_files_only") if key in kwargs
-        }
         hub_kwargs |= attention
         model._load_backbone(source, backbone, strict, kwargs.get("revision"), kwargs.get("dtype"), hub_kwargs)
         return (model, info) if loading_info else model
@@ -541,6 +585,7 @@ class TTameModel(PreTrainedModel):
         elif config.backbone_included:
             found = load_backbone(source, processor=processor, dtype=dtype, subfolder="backbone", **own)
         elif config.backbone is not None:
+            validate_repo_id(config.backbone)  # a config may come from anybody: no path
             found = load_backbone(
                 config.backbone, processor=processor, dtype=dtype, revision=config.backbone_revision, **hub_kwargs
             )
@@ -550,6 +595,8 @@ class TTameModel(PreTrainedModel):
                 "pass from_pretrained(..., backbone=FOLDER_OR_MODULE)"
             )
         self._check_backbone(found, strict)
+        if backbone is not None:
+            self._record_backbone(found)
         self._attach(found.model, processor)
         found.model.to(self.device)
 
@@ -563,6 +610,8 @@ class TTameModel(PreTrainedModel):
             )
         check_names(found.model, [layer.name for layer in self.layers])
         recorded, actual = self.config.backbone_fingerprint, fingerprint(found.model)
+        if recorded != actual:
+            self._check_layers(found)
         # Values are comparable only in the dtype in which they were recorded.
         if recorded and recorded != actual and recorded.split(":")[0] == actual.split(":")[0]:
             message = (
@@ -572,6 +621,39 @@ class TTameModel(PreTrainedModel):
             if strict:
                 raise ValueError(message)
             warnings.warn(message, stacklevel=4)
+
+    def _check_layers(self, found: Backbone) -> None:
+        """Raise ValueError where a tapped layer has other channels, or another grid, than the head reads."""
+        size = (len(self.config.pixel_scale), *self.config.image_size)
+        noise = torch.zeros(2, *size).to(next(found.model.parameters()))
+        names = [layer.name for layer in self.layers]
+        try:
+            layers = probe_layers(found.model.eval(), names, noise)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise ValueError(
+                f"the backbone cannot take the head's input of {size}: {error}; "
+                "pass the backbone that the head was trained on"
+            ) from error
+        for own, other in zip(self.layers, layers, strict=True):
+            expected = (own.channels, own.grid, own.prefix_tokens)
+            if expected != (other.channels, other.grid, other.prefix_tokens):
+                raise ValueError(
+                    f"the head reads {own.channels} channels on a grid of {own.grid} with {own.prefix_tokens} prefix "
+                    f"tokens from {own.name!r}, this backbone gives {other.channels} on {other.grid} with "
+                    f"{other.prefix_tokens}; pass the backbone that the head was trained on"
+                )
+
+    def _record_backbone(self, found: Backbone) -> None:
+        """Let the config name the backbone in use: what is saved next must not refer to another one."""
+        config, actual = self.config, fingerprint(found.model)
+        named = (found.hub_id, found.revision)
+        if actual == config.backbone_fingerprint:  # the same weights, perhaps from another place
+            if config.backbone is None:
+                config.backbone, config.backbone_revision = named
+        elif found.hub_id is None or named != (config.backbone, config.backbone_revision):
+            config.backbone, config.backbone_revision = named
+            config.backbone_fingerprint = actual
+            config.backbone_config = portable_config(found.model)
 
 
 AutoConfig.register("ttame", TTameConfig)

@@ -1,14 +1,31 @@
-"""What a saved explainer holds of its backbone, and how its files get their final names."""
+"""What a saved explainer holds of its backbone, how its files get their names, and whether they arrived whole."""
 
 import hashlib
 import json
 import os
+import re
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import huggingface_hub
 import torch
+from huggingface_hub.utils import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from torch import nn
+
+# The one module that a repository holds: it names the installed package, so nobody's copy of the code can go stale.
+REMOTE_MODULE = "hf_ttame_remote.py"
+_REMOTE_CODE = "from hf_ttame import TTameConfig, TTameModel  # pip install hf-ttame\n"
+_AUTO_MAP = {"AutoConfig": "TTameConfig", "AutoModel": "TTameModel", "AutoModelForImageClassification": "TTameModel"}
+# What the Hub's client raises; its HTTP library, whose errors it lets through, is not the same in all its versions.
+HUB_ERRORS: tuple[type[Exception], ...] = (HfHubHTTPError, *HfHubHTTPError.__bases__, OSError, RuntimeError)
+_TRIES, _WAIT = 4, 0.5  # seconds, doubled after every try
+_TRANSIENT = (408, 429, 500, 502, 503, 504)
+_Result = TypeVar("_Result")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_LOCAL_PATH = re.compile(r"(/|~|file:|[A-Za-z]:[\\/]|\\\\|\.{1,2}[\\/])")
 
 
 def fingerprint(backbone: nn.Module) -> str:
@@ -26,10 +43,118 @@ def fingerprint(backbone: nn.Module) -> str:
 
 
 def portable_config(backbone: nn.Module) -> dict[str, Any]:
-    """The backbone's config without its labels, which stand at the top, and without the path it was loaded from."""
-    left_out = ("_name_or_path", "transformers_version", "label_names", "id2label", "label2id")
+    """The backbone's config without its labels, which stand at the top, and without any local path."""
+    left_out = ("_name_or_path", "transformers_version", "label_names", "id2label", "label2id", "auto_map")
     config: Any = backbone.config
-    return {key: value for key, value in config.to_diff_dict().items() if key not in left_out}
+    return without_paths({key: value for key, value in config.to_diff_dict().items() if key not in left_out})
+
+
+def is_local_path(text: Any) -> bool:
+    """Whether a value names a place on somebody's machine: "/home/me/x", "~/x", "C:\\x", "./x", "file:..."."""
+    return isinstance(text, str) and len(text) > 1 and _LOCAL_PATH.match(text) is not None
+
+
+def without_paths(value: Any) -> Any:
+    """The same dicts and lists without the entries that are local paths."""
+    if isinstance(value, dict):
+        return {key: without_paths(entry) for key, entry in value.items() if not is_local_path(entry)}
+    if isinstance(value, (list, tuple)):
+        return [without_paths(entry) for entry in value if not is_local_path(entry)]
+    return value
+
+
+def resolve_commit(repo_id: str, revision: str | None, **hub_kwargs: Any) -> str | None:
+    """The commit behind a branch or tag of a model repository, from the cache or the Hub; None where neither knows."""
+    if revision and _COMMIT.fullmatch(revision):
+        return revision
+    cached = huggingface_hub.try_to_load_from_cache(
+        repo_id, "config.json", cache_dir=hub_kwargs.get("cache_dir"), revision=revision
+    )
+    if isinstance(cached, str):
+        return Path(cached).parent.name
+    if hub_kwargs.get("local_files_only"):
+        return None
+    try:
+        return huggingface_hub.HfApi(token=hub_kwargs.get("token")).model_info(repo_id, revision=revision).sha
+    except HUB_ERRORS:  # not there, or no connection
+        return None
+
+
+def patiently(action: Callable[[], _Result]) -> _Result:
+    """Do it again where the server was at fault (429, 5xx): the client retries most requests itself, but not all."""
+    for attempt in range(_TRIES):
+        try:
+            return action()
+        except (OSError, RuntimeError) as error:
+            status: int | None = None
+            cause: BaseException | None = error
+            while cause is not None and status is None:
+                status = getattr(getattr(cause, "response", None), "status_code", None)
+                cause = cause.__cause__ or cause.__context__
+            if status not in _TRANSIENT or attempt + 1 == _TRIES:
+                raise
+            time.sleep(_WAIT * 2**attempt)
+    raise AssertionError("the last try returns or raises")
+
+
+def add_remote_code(part: Path) -> None:
+    """Let `trust_remote_code=True` find the installed package where nothing imported it."""
+    for copied in part.glob("*.py"):
+        copied.unlink()  # transformers copies our own modules, torn apart, where a model came by remote code
+    config = json.loads((part / "config.json").read_text())
+    module = REMOTE_MODULE.removesuffix(".py")
+    config["auto_map"] = {auto: f"{module}.{name}" for auto, name in _AUTO_MAP.items()}
+    (part / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (part / REMOTE_MODULE).write_text(_REMOTE_CODE)
+
+
+def fetch_weights(repo_id: str, **where: Any) -> None:
+    """Fetch the head's weights into the cache, as safetensors.
+
+    Without this, transformers would ask a service to convert a repository that has only pickles.
+
+    Raises:
+        FileNotFoundError: the repository has no safetensors.
+    """
+    for name in ("model.safetensors", "model.safetensors.index.json"):
+        try:
+            huggingface_hub.hf_hub_download(repo_id, name, **where)
+            return
+        except LocalEntryNotFoundError:  # no connection, and not in the cache under this name
+            index = {key: where.get(key) for key in ("cache_dir", "revision")}
+            if isinstance(huggingface_hub.try_to_load_from_cache(repo_id, f"{name}.index.json", **index), str):
+                return
+            raise
+        except EntryNotFoundError:
+            continue
+    raise FileNotFoundError("it has no model.safetensors, and nothing else is opened; publish it with `ttame push`")
+
+
+def check_download(repo_id: str, revision: str | None, cache_dir: Any = None) -> None:
+    """Compare the cached files of a repository with the checksums that are their names in the cache.
+
+    Raises:
+        ValueError: a file is not what the Hub announced; it is removed from the cache, and loading again fetches it.
+    """
+    cached = huggingface_hub.try_to_load_from_cache(repo_id, "config.json", cache_dir=cache_dir, revision=revision)
+    if not isinstance(cached, str):
+        return
+    for file in sorted(Path(cached).parent.rglob("*")):
+        blob = file.resolve()
+        if not file.is_symlink() or not blob.is_file() or not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob.name):
+            continue  # a cache without links does not keep the checksums
+        # Git names a blob by a SHA-1 of its size and content, LFS by the SHA-256 of its content.
+        digest = hashlib.sha256() if len(blob.name) == 64 else hashlib.sha1(b"blob %d\0" % blob.stat().st_size)
+        with open(blob, "rb") as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+        if digest.hexdigest() != blob.name:
+            file.unlink()
+            blob.unlink()
+            raise ValueError(
+                f"{file.name!r} of {repo_id!r} was damaged on its way: its checksum is {digest.hexdigest()[:12]}, the "
+                f"Hub announced {blob.name[:12]}; it was removed from the cache, load again to fetch it anew"
+            )
 
 
 def move_into(part: Path, target: Path) -> None:
@@ -40,7 +165,10 @@ def move_into(part: Path, target: Path) -> None:
         had_backbone = earlier.get("model_type") == "ttame" and bool(earlier.get("backbone_included"))
     files = sorted((p for p in part.rglob("*") if p.is_file()), key=lambda p: p.name == "config.json")
     target.mkdir(exist_ok=True)
+    umask = os.umask(0)
+    os.umask(umask)
     for file in files:
+        file.chmod(0o666 & ~umask)  # safetensors writes files that only their owner can read
         final = target / file.relative_to(part)
         final.parent.mkdir(parents=True, exist_ok=True)
         os.replace(file, final)

@@ -459,6 +459,7 @@ def test_overwriting_is_complete(fresh, tmp_path):
         "backbone/model.safetensors",
         "backbone/preprocessor_config.json",
         "config.json",
+        "hf_ttame_remote.py",
         "model.safetensors",
         "preprocessor_config.json",
     ]

@@ -1,0 +1,358 @@
+"""Publishing: what of a folder is sent, what never is, and how it arrives in one commit.
+
+Explainers, datasets of maps and Space folders go the same way: the folder is complete on disk first, every file is
+listed, then one commit is made. A failed push leaves the folder and the repository as they were.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, RepoCard
+from huggingface_hub.utils import HfHubHTTPError, RepositoryNotFoundError, validate_repo_id
+
+from .cards import GENERATED, write_card
+from .saving import HUB_ERRORS, REMOTE_MODULE, is_local_path, patiently
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".npy")
+KINDS = ("model", "dataset", "space")
+_MODEL_FILES = re.compile(
+    r"(backbone/)?(config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|"
+    r"preprocessor_config\.json)|README\.md|LICENSE(\.\w+)?|(report|training|card)\.json|report\.md|"
+    + re.escape(REMOTE_MODULE)
+)
+_DATASET_FILES = re.compile(r"(.+/)?[^/]+\.parquet|README\.md|LICENSE(\.\w+)?|[^/]+\.json")
+_HIDDEN = ("__pycache__", "node_modules")
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b")
+_PATH_IN_TEXT = re.compile(
+    r"(?<![\w:/.~<-])(?:/(?:home|Users|root|mnt|media|tmp|var|opt|srv|data|scratch|private|work|workspace)/[\w.-]+"
+    r"|[A-Za-z]:\\\\?[\w.-]+\\|file:///?[\w.-]+)"
+)
+_LABELS = ("id2label", "label2id", "label_names")  # names of classes, not of files
+_EXAMPLE_COLUMNS = ("image", "overlay", "file_name", "filename", "file", "path", "url", "thumbnail")
+
+
+def push_model(
+    model: Any,
+    repo_id: str,
+    *,
+    include_backbone: bool | None = None,
+    head_dtype: Any = None,
+    commit_message: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | bool | None = None,
+    say: Callable[[str], None] = print,
+) -> CommitInfo:
+    """Save an explainer with its card and publish both in one commit.
+
+    The files are written to a folder of their own first. It is removed after a successful push; after a failed one it
+    stays, and the error names it together with the command that repeats the push.
+
+    Args:
+        model: a TTameModel.
+        repo_id: "name" or "organisation/name".
+        include_backbone, head_dtype: as `TTameModel.save_pretrained`.
+        commit_message, private, revision, create_pr, token, say: as `push_folder`.
+
+    Raises:
+        ValueError, ConnectionError: as `push_folder`.
+    """
+    _check_repo_id(repo_id)
+    folder = Path(tempfile.mkdtemp(prefix="ttame-push-"), repo_id.rpartition("/")[2])
+    try:
+        model.save_pretrained(folder, include_backbone=include_backbone, head_dtype=head_dtype)
+        write_card(folder, repo_id)
+    except BaseException:
+        shutil.rmtree(folder.parent)
+        raise
+    info = push_folder(
+        folder,
+        repo_id,
+        commit_message=commit_message,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        token=token,
+        say=say,
+    )
+    shutil.rmtree(folder.parent)
+    return info
+
+
+def push_folder(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    kind: str | None = None,
+    include_examples: bool = False,
+    commit_message: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | bool | None = None,
+    say: Callable[[str], None] = print,
+) -> CommitInfo:
+    """Publish a folder in one commit; every file is listed before the first byte is sent.
+
+    Args:
+        folder: an explainer (`save_pretrained`), a dataset of maps (parquet files), or a Space.
+        repo_id: "name" or "organisation/name"; created where it does not exist.
+        kind: "model", "dataset" or "space"; None: what the folder holds.
+        include_examples: also send pictures and the names of picture files. Without it they never leave this machine:
+            they may be patients'.
+        commit_message: of the one commit.
+        private: of a repository that is created; None: the account's default.
+        revision: branch, created where it does not exist; None: main.
+        create_pr: open a pull request instead of writing to the branch.
+        token: of the account; None: the one that `hf auth login` stored.
+        say: receives each line of text.
+
+    Raises:
+        ValueError: the folder is not complete, or holds what must not be published.
+        ConnectionError: the Hub refused or could not be reached; the message says how to repeat.
+    """
+    folder = Path(folder)
+    _check_repo_id(repo_id)
+    if not folder.is_dir():
+        raise ValueError(f"{str(folder)!r} is not a folder; give the one that save_pretrained wrote")
+    kind = kind or detect_kind(folder)
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
+    if kind == "model":
+        _refresh_card(folder, repo_id)
+    sent, left_out = files_to_push(folder, kind, include_examples)
+    check_contents(folder, sent, include_examples)
+
+    total = sum(file.stat().st_size for file in sent)
+    say(f"{kind} {repo_id}: {len(sent)} files, {total / 1e6:.1f} MB, in one commit")
+    for file in sent:
+        say(f"  {file.stat().st_size:>12,d}  {file.relative_to(folder).as_posix()}")
+    if left_out:
+        say(
+            f"  {len(left_out)} other files stay here" + (" (pictures: --include-examples)" if kind == "model" else "")
+        )
+    api = HfApi(token=token)
+    try:
+        sdk = RepoCard.load(folder / "README.md").data.to_dict().get("sdk") if kind == "space" else None
+        repo_id = _create(api, repo_id, kind, private, sdk)
+        if revision is not None and not create_pr:
+            api.create_branch(repo_id, repo_type=kind, branch=revision, exist_ok=True)
+        return patiently(
+            lambda: api.create_commit(
+                repo_id,
+                [CommitOperationAdd(file.relative_to(folder).as_posix(), str(file)) for file in sent],
+                commit_message=commit_message or f"Upload {kind} with hf-ttame",
+                repo_type=kind,
+                revision=revision,
+                create_pr=create_pr,
+            )
+        )
+    except HUB_ERRORS as error:
+        cause = str(error.__cause__ or "")
+        reason = str(error) if cause in str(error) else f"{error} {cause}"
+        raise ConnectionError(
+            f"{repo_id!r} was not pushed: {_without_tokens(reason)}\nThe folder is complete; repeat with: "
+            + _command(folder, repo_id, kind, include_examples, private, revision, create_pr)
+        ) from None  # the chain could carry request headers
+
+
+def _create(api: HfApi, repo_id: str, kind: str, private: bool | None, sdk: str | None) -> str:
+    """The full id of the repository, created if need be. A token may write to a repository without creating any."""
+    try:
+        return api.create_repo(repo_id, repo_type=kind, private=private, exist_ok=True, space_sdk=sdk).repo_id
+    except HfHubHTTPError as error:
+        if error.response.status_code not in (401, 403) or "/" not in repo_id:
+            raise
+        try:
+            api.repo_info(repo_id, repo_type=kind)
+        except RepositoryNotFoundError:
+            raise error from None
+        return repo_id
+
+
+def _check_repo_id(repo_id: str) -> None:
+    validate_repo_id(repo_id)
+    if repo_id.count("/") > 1:
+        raise ValueError(f"a repository id has the form 'organisation/name', got {repo_id!r}")
+
+
+def detect_kind(folder: Path) -> str:
+    """ "model", "dataset" or "space", by the files.
+
+    Raises:
+        ValueError: the folder is none of them.
+    """
+    config = folder / "config.json"
+    if config.is_file() and _read_json(config).get("model_type") == "ttame":
+        return "model"
+    readme = folder / "README.md"
+    if readme.is_file() and RepoCard.load(readme, ignore_metadata_errors=True).data.to_dict().get("sdk"):
+        return "space"
+    if any(folder.rglob("*.parquet")):
+        return "dataset"
+    raise ValueError(
+        f"{str(folder)!r} is neither an explainer (config.json of model_type ttame), nor a Space (README.md with "
+        "sdk:), nor a dataset of maps (parquet files)"
+    )
+
+
+def files_to_push(folder: Path, kind: str, include_examples: bool = False) -> tuple[list[Path], list[Path]]:
+    """The files that are sent, and those that stay.
+
+    Raises:
+        ValueError: a link, or a file that the kind cannot do without is missing.
+    """
+    sent: list[Path] = []
+    left_out: list[Path] = []
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder)
+        if file.is_symlink():
+            raise ValueError(f"{str(name)!r} is a link; copy what it points to into the folder, or remove it")
+        if not file.is_file():
+            continue
+        hidden = any(part.startswith(".") or part in _HIDDEN for part in name.parts)
+        picture = file.suffix.lower() in PICTURES
+        pattern = {"model": _MODEL_FILES, "dataset": _DATASET_FILES}.get(kind)
+        wanted = pattern is None or pattern.fullmatch(name.as_posix()) is not None
+        chosen = not hidden and (include_examples if picture else wanted)
+        (sent if chosen else left_out).append(file)
+    names = {file.relative_to(folder).as_posix() for file in sent}
+    needed = {"model": ["config.json", "preprocessor_config.json", "README.md"], "space": ["README.md", "app.py"]}
+    missing = [name for name in needed.get(kind, []) if name not in names]
+    if kind == "space" and "app.py" in missing and "index.html" in names:
+        missing.remove("app.py")  # a static Space
+    if kind == "model":
+        missing += _missing_weights(folder, names)
+    if kind == "dataset" and not any(name.endswith(".parquet") for name in names):
+        missing.append("*.parquet")
+    if missing:
+        raise ValueError(f"the {kind} in {str(folder)!r} is not complete: {', '.join(missing)} missing; save it again")
+    return sent, left_out
+
+
+def _missing_weights(folder: Path, names: set[str]) -> list[str]:
+    missing = []
+    for prefix in ("", "backbone/") if _read_json(folder / "config.json").get("backbone_included") else ("",):
+        if f"{prefix}model.safetensors.index.json" in names:
+            index = _read_json(folder / f"{prefix}model.safetensors.index.json")
+            missing += [prefix + shard for shard in set(index["weight_map"].values()) if prefix + shard not in names]
+        elif f"{prefix}model.safetensors" not in names:
+            missing.append(f"{prefix}model.safetensors")
+    return missing
+
+
+def check_contents(folder: Path, files: list[Path], include_examples: bool = False) -> None:
+    """Raise ValueError where a file holds a token, a local path, or (without `include_examples`) users' file names."""
+    for file in files:
+        name = file.relative_to(folder).as_posix()
+        if file.suffix == ".parquet" and not include_examples:
+            _check_columns(file, name)
+        if file.suffix not in (".json", ".md", ".txt", ".yaml", ".yml", ".csv", ".jsonl", ".py"):
+            continue
+        text = file.read_text(errors="replace")
+        if _TOKEN.search(text):
+            raise ValueError(f"{name!r} holds an access token; remove it, and revoke it on the Hub's settings page")
+        content = _read_json(file) if file.suffix == ".json" else {}
+        if name == "report.json" and isinstance(content, dict):
+            content = {key: value for key, value in content.items() if key != "pictures"}  # the report's own plots
+        entries = list(_strings(content))
+        places = [value for _, value in entries if is_local_path(value)]
+        if file.suffix != ".py":
+            places += _PATH_IN_TEXT.findall(text)
+        if places:
+            raise ValueError(
+                f"{name!r} holds the local path {places[0]!r}, which is nobody else's business; remove it"
+            )
+        if include_examples:
+            continue
+        shown = next((f"{key}: {value}" for key, value in entries if value.lower().endswith(PICTURES)), None)
+        if shown:
+            raise ValueError(
+                f"{name!r} names picture files ({shown!r}), which may identify somebody; remove them, or publish them "
+                "with --include-examples"
+            )
+        if name == "README.md" and (links := _local_pictures(text)):
+            raise ValueError(f"README.md shows {links[0]!r}, which is not sent; remove it, or add --include-examples")
+
+
+def _local_pictures(text: str) -> list[str]:
+    links = re.findall(r"!\[[^\]]*\]\(([^)\s]+)", text) + re.findall(r"<img[^>]+src=[\"']([^\"']+)", text)
+    return [link for link in links if not link.startswith(("https://", "http://"))]
+
+
+def _check_columns(file: Path, name: str) -> None:
+    """Raise ValueError where a parquet file of maps has columns that hold pictures or their names."""
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.ParquetFile(file)
+    columns = [field.name for field in table.schema_arrow if field.name.lower() in _EXAMPLE_COLUMNS]
+    for field in table.schema_arrow:
+        if field.name not in columns and str(field.type) in ("string", "large_string"):
+            for batch in table.iter_batches(columns=[field.name], batch_size=4096):
+                values = (value for value in batch.column(0).to_pylist() if value)
+                if any(value.lower().endswith(PICTURES) or is_local_path(value) for value in values):
+                    columns.append(field.name)
+                    break
+    if columns:
+        raise ValueError(
+            f"{name!r} has the columns {columns} with pictures or their names, which may identify somebody; remove "
+            "them, or publish them with --include-examples"
+        )
+
+
+def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in a JSON value with the key it stands under, names of classes left out."""
+    if isinstance(value, dict):
+        for name, entry in value.items():
+            if name not in _LABELS:
+                yield key, str(name)
+                yield from _strings(entry, str(name))
+    elif isinstance(value, list):
+        for entry in value:
+            yield from _strings(entry, key)
+    elif isinstance(value, str):
+        yield key, value
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file.name!r} in {str(file.parent)!r} cannot be read as JSON: {error}") from error
+
+
+def _refresh_card(folder: Path, repo_id: str) -> None:
+    """Write the card where there is none, or an earlier one of ours; a card that somebody wrote stays."""
+    card = folder / "README.md"
+    if not card.exists() or GENERATED in card.read_text():
+        write_card(folder, repo_id)
+
+
+def _without_tokens(text: str) -> str:
+    return _TOKEN.sub("hf_***", text)
+
+
+def _command(
+    folder: Path,
+    repo_id: str,
+    kind: str,
+    include_examples: bool,
+    private: bool | None,
+    revision: str | None,
+    create_pr: bool,
+) -> str:
+    words = ["ttame", "push", str(folder), repo_id]
+    words += ["--kind", kind] if kind != "model" else []
+    words += ["--private"] if private else []
+    words += ["--revision", revision] if revision else []
+    words += ["--create-pr"] if create_pr else []
+    words += ["--include-examples"] if include_examples else []
+    return shlex.join(words)

@@ -1,0 +1,233 @@
+"""What a user does with the Hub, in a fresh process: `python hub_client.py TASK WORK`, results in WORK/TASK.json.
+
+The server's address is in HF_ENDPOINT. Several steps share a process because the imports take seconds.
+"""
+
+import json
+import os
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+WORK = Path(sys.argv[2]) if len(sys.argv) > 2 else Path()
+TOKEN = os.environ.get("HF_TOKEN", "")
+
+
+def ask(path: str, body: Any = None) -> Any:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(os.environ["HF_ENDPOINT"] + path, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request) as response:
+        return json.loads(response.read())
+
+
+def outcome(action: Callable[[], Any]) -> str:
+    """ "ok", or the kind and text of the error."""
+    try:
+        action()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "ok"
+
+
+def pixels(size: int = 64) -> torch.Tensor:
+    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(5))
+
+
+def maps(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(pixels(model.config.image_size[0]), class_ids="all").map_logits
+
+
+def seed_head(model: Any) -> Any:
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for tensor in model.head.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) * 0.2 + 0.1)
+    return model
+
+
+def push() -> dict[str, Any]:
+    """Explainers of a transformers and a timm repository; a dataset, a Space, a branch, a pull request."""
+    from transformers import AutoModel
+
+    found: dict[str, Any] = {"lines": []}
+    found["not asked"] = outcome(lambda: AutoModel.from_pretrained("org/ready", trust_remote_code=False))
+    found["imported"] = "hf_ttame" in sys.modules
+    remote = AutoModel.from_pretrained("org/ready", trust_remote_code=True)
+    found["remote"] = [type(remote).__module__, remote.backbone is not None]
+
+    from hf_ttame import TTameModel
+    from hf_ttame.hub import push_folder
+
+    found["same class"] = type(remote) is TTameModel
+    named = TTameModel.from_pretrained("org/ready", backbone="org/tiny-vit", strict=True)  # it had it included
+    found["named"] = [named.config.backbone, named.config.backbone_revision]
+    say = found["lines"].append
+    for name, backbone in (("vit", "org/tiny-vit"), ("timm", "timm/tiny-resnet")):
+        model = seed_head(TTameModel.from_backbone(backbone))
+        found[f"revision {name}"] = model.config.backbone_revision
+        np.save(WORK / f"{name}.npy", maps(model).numpy())
+        info = model.push_to_hub(f"org/ttame-{name}", private=name == "timm", say=say)
+        found[f"commit {name}"] = info.oid
+        model.save_pretrained(WORK / name)
+        if name == "vit":
+            model.save_pretrained(WORK / "whole", include_backbone=True)
+            model.push_to_hub("org/ttame-whole", include_backbone=True, head_dtype=torch.float16, say=say)
+            model.push_to_hub("org/ttame-vit", revision="v2", say=say)
+            found["pr"] = model.push_to_hub("org/ttame-vit", create_pr=True, say=say).pr_url
+            # A repository that exists, and a token that may write to it but not create any.
+            ask("/_test/fault", {"kind": "403", "match": "POST /api/repos/create", "times": 9})
+            found["no create"] = outcome(lambda: model.push_to_hub("org/ttame-vit", say=say))  # noqa: B023
+            found["no repository"] = outcome(lambda: model.push_to_hub("org/ttame-new", say=say))  # noqa: B023
+            ask("/_test/fault", {})
+    from typer.testing import CliRunner
+
+    from hf_ttame.cli import app
+
+    command = ["push", str(WORK / "vit"), "org/by-command", "--private", "--message", "From the command"]
+    done = CliRunner().invoke(app, command)
+    found["command"] = [done.exit_code, done.output]
+    found["dataset"] = push_folder(WORK / "maps", "org/maps", say=say).oid
+    found["space"] = push_folder(WORK / "space", "org/space", say=say).oid
+    return found
+
+
+def load() -> dict[str, Any]:
+    """Every way to load; the printed code of cards; errors a user meets."""
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel, pipeline
+
+    import hf_ttame  # noqa: F401
+
+    found: dict[str, Any] = {}
+    for name in ("vit", "timm"):
+        began = time.perf_counter()
+        model = AutoModel.from_pretrained(f"org/ttame-{name}")
+        found[f"seconds {name}"] = time.perf_counter() - began
+        found[f"equal {name}"] = bool(np.array_equal(maps(model).numpy(), np.load(WORK / f"{name}.npy")))
+        found[f"processor {name}"] = type(AutoImageProcessor.from_pretrained(f"org/ttame-{name}")).__name__
+    whole = AutoModel.from_pretrained("org/ttame-whole")
+    found["close whole"] = float(np.abs(maps(whole).numpy() - np.load(WORK / "vit.npy")).max())
+    found["dtypes whole"] = sorted({str(p.dtype) for p in whole.head.parameters()})
+    found["config"] = AutoConfig.from_pretrained("org/ttame-vit").backbone
+    found["offline"] = outcome(lambda: AutoModel.from_pretrained("org/ttame-vit", local_files_only=True))
+    half = AutoModel.from_pretrained("org/ttame-vit", dtype=torch.bfloat16, device_map="cpu", token=TOKEN)
+    found["bfloat16"] = str(next(half.head.parameters()).dtype)
+    found["branch"] = outcome(lambda: AutoModel.from_pretrained("org/ttame-vit", revision="v2"))
+    commit = json.loads((WORK / "push.json").read_text())["commit timm"]
+    found["commit"] = outcome(lambda: AutoModel.from_pretrained("org/ttame-timm", revision=commit))
+    cache = WORK / "own-cache"
+    found["cache_dir"] = outcome(lambda: AutoModel.from_pretrained("org/ttame-timm", cache_dir=cache))
+    found["in cache_dir"] = sorted(p.name for p in cache.glob("models--*"))
+
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 90, 3), dtype=np.uint8))
+    os.chdir(WORK)
+    photo.save("photo.jpg")
+    explain = pipeline("image-explanation", model="org/ttame-vit")
+    found["pipeline"] = [type(explain).__name__, str(next(explain.model.head.parameters()).dtype)]
+    found["explained"] = [entry["overlay"].size for entry in explain("photo.jpg", top_k=2)]
+    found["no explainer"] = outcome(lambda: pipeline("image-explanation", model="org/tiny-vit"))
+
+    unwanted = ("gated", "bare", "outside", "absolute", "pickle")
+    for name in ("nobody/nothing", *(f"org/ttame-{name}" for name in unwanted)):
+        found[name] = outcome(lambda: AutoModel.from_pretrained(name))  # noqa: B023
+    found["no revision"] = outcome(lambda: AutoModel.from_pretrained("org/ttame-vit", revision="v9"))
+    found["remote backbone"] = outcome(lambda: AutoModel.from_pretrained("org/ttame-remote"))
+    found["path backbone"] = outcome(lambda: AutoModel.from_pretrained("org/ttame-path"))
+    found["outside"] = sorted(str(p) for p in WORK.rglob("evil*"))
+
+    import re
+
+    blocks = []
+    for card in sorted((WORK / "cards").glob("*.md")):
+        for block in re.findall(r"```python\n(.*?)```", card.read_text(), re.DOTALL):
+            blocks.append((card.stem, outcome(lambda: exec(block, {}))))  # noqa: B023
+    found["cards"] = blocks
+    found["written"] = sorted(p.name for p in WORK.glob("photo_*.png"))
+    return found
+
+
+def faults(few: bool = False) -> dict[str, Any]:
+    """The fault table: [where, fault, faults met, seconds, outcome, outcome of the next one without a fault].
+
+    few: only the rows that a test needs; the benchmark runs them all.
+    """
+    from hf_ttame import TTameModel
+    from hf_ttame.hub import push_folder
+
+    expected = np.load(WORK / "vit.npy")
+    table = []
+
+    def loaded(cache: Path) -> str:
+        problem = outcome(lambda: found.append(TTameModel.from_pretrained("org/ttame-vit", cache_dir=cache)))
+        if problem == "ok" and not np.array_equal(maps(found.pop()).numpy(), expected):
+            return "LOADED, BUT OTHER MAPS"
+        return problem
+
+    found: list[Any] = []
+    for kind, match, times in DOWNLOAD_FAULTS[: 6 if few else None]:
+        cache = WORK / "caches" / str(len(table))
+        ask("/_test/fault", {"kind": kind, "match": match, "times": times})
+        began = time.perf_counter()
+        first = loaded(cache)
+        spent = time.perf_counter() - began
+        hits = ask("/_test/hits")["hits"]
+        ask("/_test/fault", {})
+        table.append([f"load, {match}", f"{kind} x {times}", hits, round(spent, 1), first, loaded(cache)])
+    for kind, match, times in UPLOAD_FAULTS[: 3 if few else None]:
+        name = f"org/fault-{len(table)}"
+        ask("/_test/fault", {"kind": kind, "match": match, "times": times})
+        began = time.perf_counter()
+        lines: list[str] = []
+        first = outcome(lambda: push_folder(WORK / "vit", name, say=lines.append))  # noqa: B023
+        spent = time.perf_counter() - began
+        hits = ask("/_test/hits")["hits"]
+        ask("/_test/fault", {})
+        again = outcome(lambda: push_folder(WORK / "vit", name, say=lines.append))  # noqa: B023
+        table.append([f"push, {match}", f"{kind} x {times}", hits, round(spent, 1), first, again])
+    return {"table": table, "left": sorted(p.name for p in WORK.glob("vit/*"))}
+
+
+WEIGHTS = "GET /org/ttame-vit/resolve/.*model.safetensors"
+DOWNLOAD_FAULTS = [
+    ("500", WEIGHTS, 1),
+    ("cut", WEIGHTS, 1),
+    ("429", WEIGHTS, 1),
+    ("checksum", WEIGHTS, 1),
+    ("checksum", "GET /org/ttame-vit/resolve/.*config.json", 1),
+    ("slow", WEIGHTS, 1),
+    ("500", WEIGHTS, 99),
+    ("500", "GET /org/tiny-vit/resolve/.*model.safetensors", 1),
+    ("cut", "GET /org/tiny-vit/resolve/.*model.safetensors", 1),
+    ("500", "HEAD /org/ttame-vit/resolve", 1),
+    ("429", "HEAD /org/ttame-vit/resolve", 1),
+    ("403", WEIGHTS, 99),
+    ("gated", "/org/ttame-vit", 99),
+    ("RepoNotFound", "/org/ttame-vit", 99),
+    ("RevisionNotFound", "/org/ttame-vit", 99),
+    ("EntryNotFound", "/org/ttame-vit/resolve/.*model.safetensors", 99),
+]
+UPLOAD_FAULTS = [
+    ("500", "POST .*/commit/", 1),
+    ("500", "PUT /_lfs", 1),
+    ("400", "PUT /_lfs", 9),
+    ("500", "POST .*preupload", 1),
+    ("429", "PUT /_lfs", 1),
+    ("cut", "POST .*info/lfs", 1),
+    ("403", "POST .*/commit/", 1),
+    ("slow", "PUT /_lfs", 1),
+]
+
+
+if __name__ == "__main__":
+    task = sys.argv[1]
+    tasks = {"push": push, "load": load, "faults": faults, "few": lambda: {**load(), "faults": faults(few=True)}}
+    result = tasks[task]()
+    (WORK / f"{task}.json").write_text(json.dumps(result, indent=1))

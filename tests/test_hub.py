@@ -1,0 +1,567 @@
+"""Saving, publishing and loading, against a Hub on loopback with the real clients in fresh processes."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from conftest import make_timm, make_vit
+from hub_server import TOKEN, running_hub
+from safetensors.torch import load_file
+from timm.models._hub import save_for_hf
+from transformers import AutoImageProcessor, AutoModel, ViTForImageClassification
+from typer.testing import CliRunner
+
+from hf_ttame import TTameModel
+from hf_ttame.cards import render_card, write_card
+from hf_ttame.cli import app
+from hf_ttame.hub import check_contents, detect_kind, files_to_push, push_folder
+from hf_ttame.saving import is_local_path, without_paths
+
+ROOT = Path(__file__).parents[1]
+
+
+# ---- in this process, without a Hub ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def vit(vit_folder):
+    return TTameModel.from_backbone(vit_folder)
+
+
+@pytest.fixture
+def saved(vit, tmp_path):
+    vit.save_pretrained(tmp_path / "saved")
+    write_card(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def test_another_architecture_of_as_many_classes_is_refused(vit, tmp_path):
+    vit.save_pretrained(tmp_path, include_backbone=False)
+    wide = ViTForImageClassification(type(vit.backbone.config)(**{**vit.backbone.config.to_dict(), "hidden_size": 32}))
+    with pytest.raises(ValueError, match=r"the head reads 24 channels on a grid of \(4, 4\).*this backbone gives 32"):
+        TTameModel.from_pretrained(tmp_path, backbone=wide)
+    fine = ViTForImageClassification(type(vit.backbone.config)(**{**vit.backbone.config.to_dict(), "patch_size": 8}))
+    with pytest.raises(ValueError, match=r"grid of \(4, 4\).*gives 24 on \(8, 8\)"):
+        TTameModel.from_pretrained(tmp_path, backbone=fine)
+    large = ViTForImageClassification(type(vit.backbone.config)(**{**vit.backbone.config.to_dict(), "image_size": 96}))
+    with pytest.raises(ValueError, match=r"cannot take the head's input of \(3, 64, 64\)"):
+        TTameModel.from_pretrained(tmp_path, backbone=large)
+
+
+def test_saving_after_an_override_names_the_backbone_in_use(vit, vit_folder, tmp_path):
+    vit.config.backbone, vit.config.backbone_revision = "org/first", "a" * 40
+    vit.save_pretrained(tmp_path / "first", include_backbone=False)
+    with pytest.warns(UserWarning, match="are not those the head was trained on"):
+        other = TTameModel.from_pretrained(tmp_path / "first", backbone=make_vit(seed=1))
+    assert other.config.backbone is None
+    assert other.config.backbone_revision is None
+    assert other.config.backbone_fingerprint != vit.config.backbone_fingerprint
+    other.save_pretrained(tmp_path / "second")
+    again = TTameModel.from_pretrained(tmp_path / "second", strict=True)  # included, and its own fingerprint
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(again(x).logits, other(x).logits)
+    assert not torch.equal(again(x).logits, vit(x).logits)
+    # The same weights from another place are still the recorded ones.
+    same = TTameModel.from_pretrained(tmp_path / "first", backbone=vit_folder)
+    assert (same.config.backbone, same.config.backbone_revision) == ("org/first", "a" * 40)
+
+
+def test_auto_model_takes_a_backbone_too(vit, vit_folder, hf_vit, tmp_path):
+    vit.save_pretrained(tmp_path, include_backbone=False)
+    for backbone in (vit_folder, str(vit_folder), hf_vit):
+        model = AutoModel.from_pretrained(tmp_path, backbone=backbone, strict=True)
+        assert model.config.backbone is None
+        assert torch.equal(model(torch.ones(1, 3, 64, 64)).logits, vit(torch.ones(1, 3, 64, 64)).logits)
+
+
+def test_an_unknown_commit_is_never_saved(vit, tmp_path):
+    vit.config.backbone, vit.config.backbone_revision = "org/first", "main"
+    with pytest.raises(ValueError, match="the commit of 'org/first' is not known"):
+        vit.save_pretrained(tmp_path / "x", include_backbone=False)
+    assert not (tmp_path / "x").exists()
+    vit.save_pretrained(tmp_path / "x")  # nothing trained is lost: the backbone is included instead
+    assert TTameModel.from_pretrained(tmp_path / "x").config.backbone_included
+
+
+def test_files_follow_the_umask(vit, tmp_path):
+    before = os.umask(0o022)
+    try:
+        vit.save_pretrained(tmp_path / "open")
+        os.umask(0o077)
+        vit.save_pretrained(tmp_path / "closed")
+    finally:
+        os.umask(before)
+    assert {f.stat().st_mode & 0o777 for f in (tmp_path / "open").rglob("*") if f.is_file()} == {0o644}
+    assert {f.stat().st_mode & 0o777 for f in (tmp_path / "closed").rglob("*") if f.is_file()} == {0o600}
+
+
+def test_no_local_path_in_configs_or_cards(tmp_path):
+    module = make_timm("test_resnet", pretrained_cfg_overlay={"input_size": (3, 64, 64), "file": "/home/me/w.bin"})
+    model = TTameModel.from_backbone(module)
+    model.save_pretrained(tmp_path / "x")
+    write_card(tmp_path / "x")
+    for file in [tmp_path / "x" / "config.json", tmp_path / "x" / "README.md"]:
+        assert "/home/me" not in file.read_text()
+        assert str(tmp_path) not in file.read_text()
+
+
+@pytest.mark.parametrize("path", ["/home/me/x", "~/x", "C:\\x", "c:/x", "file:///x", "./x", "../x", "\\\\host\\x"])
+def test_local_paths(path):
+    assert is_local_path(path)
+    assert without_paths({"a": path, "b": [path, "c"], "d": {"e": path}}) == {"b": ["c"], "d": {}}
+
+
+@pytest.mark.parametrize("text", ["timm/resnet50", "https://x.y/z", "a/b", "", "/", None, 3])
+def test_no_local_paths(text):
+    assert not is_local_path(text)
+
+
+def test_timm_backbones_have_a_preprocessor_config(timm_cnn, photo, tmp_path):
+    model = TTameModel.from_backbone(make_timm("test_resnet"))
+    model.save_pretrained(tmp_path)
+    processor = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    picture = photo()
+    expected = model.image_processor(images=picture, return_tensors="pt")["pixel_values"]
+    assert torch.equal(processor(images=picture, return_tensors="pt")["pixel_values"], expected)
+
+
+def test_what_is_sent_and_what_stays(saved, photo):
+    photo().save(saved / "patient_7.png")
+    (saved / "examples").mkdir()
+    photo().save(saved / "examples" / "x.jpg")
+    (saved / "notes.txt").write_text("mine")
+    (saved / ".env").write_text("secret")
+    sent, left = files_to_push(saved, "model")
+    names = {f.relative_to(saved).as_posix() for f in sent}
+    assert names == {
+        "README.md",
+        "config.json",
+        "hf_ttame_remote.py",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "backbone/config.json",
+        "backbone/model.safetensors",
+        "backbone/preprocessor_config.json",
+    }
+    assert {f.name for f in left} == {"patient_7.png", "x.jpg", "notes.txt", ".env"}
+    with_examples = {f.name for f in files_to_push(saved, "model", include_examples=True)[0]}
+    assert {"patient_7.png", "x.jpg"} <= with_examples
+    assert not {"notes.txt", ".env"} & with_examples
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "preprocessor_config.json", "backbone/model.safetensors"])
+def test_an_incomplete_folder_is_not_sent(saved, name):
+    (saved / name).unlink()
+    with pytest.raises(ValueError, match=f"not complete: {name} missing"):
+        push_folder(saved, "org/x", say=lambda line: None)
+
+
+def test_every_shard_is_needed(vit, tmp_path):
+    vit.save_pretrained(tmp_path / "x", include_backbone=False, max_shard_size="5KB")
+    write_card(tmp_path / "x")
+    shards = sorted((tmp_path / "x").glob("model-*.safetensors"))
+    assert len(shards) > 1
+    assert set(shards) <= set(files_to_push(tmp_path / "x", "model")[0])
+    shards[0].unlink()
+    with pytest.raises(ValueError, match=f"not complete: {shards[0].name} missing"):
+        files_to_push(tmp_path / "x", "model")
+
+
+def test_links_are_not_followed(saved, tmp_path):
+    (tmp_path / "secret").write_text("secret")
+    (saved / "report.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(ValueError, match=r"'report.json' is a link"):
+        files_to_push(saved, "model")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message", "with_examples"),
+    [
+        ("report.json", {"images": [{"file": "Smith_John.JPG"}]}, "names picture files .*Smith_John", False),
+        ("report.json", {"Smith_John.dcm.png": 1}, "names picture files", False),
+        ("training.json", {"dataset": "/home/me/patients"}, "local path '/home/me/patients'", True),
+        ("training.json", {"note": f"token {TOKEN}"}, "holds an access token", True),
+        ("README.md", f"my {TOKEN}", "holds an access token", True),
+        ("README.md", "see /home/me/x", "local path '/home/me'", True),
+        ("README.md", "![x](patient.png)", r"shows 'patient.png', which is not sent", False),
+    ],
+)
+def test_what_must_not_be_published_is_refused(saved, file, content, message, with_examples):
+    (saved / file).write_text(content if isinstance(content, str) else json.dumps(content))
+    files = files_to_push(saved, "model")[0]
+    with pytest.raises(ValueError, match=message):
+        check_contents(saved, files)
+    if with_examples:
+        with pytest.raises(ValueError, match=message):
+            check_contents(saved, files, include_examples=True)
+    else:
+        check_contents(saved, files, include_examples=True)
+
+
+@pytest.mark.parametrize(
+    ("columns", "refused"),
+    [
+        ({"id": [1], "map": [b"x"]}, None),
+        ({"id": ["row-1"]}, None),
+        ({"id": ["Smith_John.jpg"]}, "id"),
+        ({"id": [1], "overlay": [b"x"]}, "overlay"),
+        ({"id": [1], "file_name": ["x"]}, "file_name"),
+    ],
+)
+def test_datasets_of_maps_without_names_of_pictures(tmp_path, columns, refused):
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "maps-00000.parquet")
+    files = files_to_push(tmp_path, detect_kind(tmp_path))[0]
+    check_contents(tmp_path, files, include_examples=True)
+    if refused is None:
+        check_contents(tmp_path, files)
+    else:
+        with pytest.raises(ValueError, match=rf"has the columns \['{refused}'\]"):
+            check_contents(tmp_path, files)
+
+
+def test_names_of_the_reports_own_plots_are_no_secret(saved):
+    (saved / "report.json").write_text(json.dumps({"pictures": {"ROAD": "road.png"}}))
+    check_contents(saved, files_to_push(saved, "model")[0])
+
+
+def test_kinds(saved, tmp_path):
+    assert detect_kind(saved) == "model"
+    (tmp_path / "space").mkdir()
+    (tmp_path / "space" / "README.md").write_text("---\nsdk: static\n---\n")
+    assert detect_kind(tmp_path / "space") == "space"
+    with pytest.raises(ValueError, match=r"not complete: app.py missing"):
+        files_to_push(tmp_path / "space", "space")
+    (tmp_path / "space" / "index.html").write_text("x")
+    assert len(files_to_push(tmp_path / "space", "space")[0]) == 2
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="neither an explainer"):
+        detect_kind(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("repo_id", ["../x", "a/b/c", "", "/etc/passwd", "org/a..b"])
+def test_repository_names(saved, repo_id):
+    with pytest.raises(ValueError, match=r"Repo id|repository id|Cannot have"):
+        push_folder(saved, repo_id)
+
+
+def test_a_push_that_fails_says_how_to_repeat(saved, vit):
+    before = {f: f.read_bytes() for f in saved.rglob("*") if f.is_file() and f.name != "README.md"}
+    done = CliRunner().invoke(app, ["push", str(saved), "org/x", "--private", "--revision", "my branch"])
+    assert isinstance(done.exception, ConnectionError)  # tests are offline
+    assert f"ttame push {saved} org/x --private --revision 'my branch'" in str(done.exception)
+    assert "model.safetensors" in done.output  # listed before the first byte
+    assert all(f.read_bytes() == content for f, content in before.items())
+    with pytest.raises(ConnectionError, match="repeat with: ttame push") as caught:
+        vit.push_to_hub("org/x", say=lambda line: None)
+    kept = Path(str(caught.value).split("ttame push ")[1].split()[0])
+    assert (kept / "model.safetensors").exists()  # what the message names is complete
+    assert files_to_push(kept, "model")[0]
+    shutil.rmtree(kept.parent)
+
+
+def test_a_card_that_somebody_wrote_stays(saved):
+    (saved / "README.md").write_text("# mine")
+    with pytest.raises(ConnectionError):
+        push_folder(saved, "org/x", say=lambda line: None)
+    assert (saved / "README.md").read_text() == "# mine"
+
+
+def test_the_command_card(saved):
+    done = CliRunner().invoke(app, ["card", str(saved), "--repo-id", "org/x"])
+    assert done.exit_code == 0
+    assert (saved / "README.md").read_text() == render_card(saved, "org/x")
+
+
+def test_the_documented_figures_are_the_measured_ones():
+    measured = json.loads((ROOT / "benchmarks" / "hub.json").read_text())
+    page = (ROOT / "docs" / "hub.md").read_text()
+    names = {"vgg16": "VGG-16", "resnet50": "ResNet-50", "vit_base_patch16_224": "ViT-B/16"}
+    for name, size in measured["repository MB"].items():
+        row = (
+            f"| {names.get(name, name)} | {size['classes']:,d} | {size['float32']:.1f} MB | {size['float16']:.1f} MB |"
+        )
+        assert row in page
+    for case, found in measured["first map"].items():
+        assert f"| {case} | {found['from_pretrained s']:.1f} s | {found['first map s']:.1f} s | yes |" in page
+        assert found["equal to the bit"]
+    assert page.count("| load, ") + page.count("| push, ") == len(measured["faults"])
+    assert {row["the next one"] for row in measured["faults"]} == {"ok"}
+
+
+# ---- with a Hub -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with running_hub() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def work(hub, vit_folder, tmp_path_factory) -> Path:
+    """A folder for the clients, and a Hub with two classifiers."""
+    work = tmp_path_factory.mktemp("hub")
+    module = make_timm("test_resnet")
+    save_for_hf(module, work / "timm-repository", safe_serialization=True)
+    hub.put("org/tiny-vit", vit_folder)
+    hub.put("timm/tiny-resnet", work / "timm-repository")
+    TTameModel.from_backbone(vit_folder).save_pretrained(work / "ready")
+    hub.put("org/ready", work / "ready")
+    (work / "maps").mkdir()
+    pyarrow.parquet.write_table(pyarrow.table({"id": [1], "score": [0.5]}), work / "maps" / "maps-00000.parquet")
+    (work / "space").mkdir()
+    (work / "space" / "README.md").write_text("---\ntitle: x\nsdk: gradio\n---\nhi")
+    (work / "space" / "app.py").write_text("print()\n")
+    return work
+
+
+def client(hub, work: Path, task: str, **extra: str) -> dict[str, Any]:
+    environment = hub.environment(work / f"home-{task}", HF_HUB_DOWNLOAD_TIMEOUT="1", PYTHONPATH=str(ROOT), **extra)
+    command = [sys.executable, str(ROOT / "tests" / "hub_client.py"), task, str(work)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert TOKEN not in done.stdout + done.stderr
+    return json.loads((work / f"{task}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def pushed(hub, work):
+    return client(hub, work, "push")
+
+
+def test_pushed_explainers_are_small_and_pinned(hub, work, pushed):
+    for name, backbone in (("vit", "org/tiny-vit"), ("timm", "timm/tiny-resnet")):
+        commit = hub.repository(backbone).branches["main"]
+        assert pushed[f"revision {name}"] == commit
+        files = hub.files(f"org/ttame-{name}")
+        assert sorted(files) == [
+            "README.md",
+            "config.json",
+            "hf_ttame_remote.py",
+            "model.safetensors",
+            "preprocessor_config.json",
+        ]
+        config = json.loads(files["config.json"])
+        assert (config["backbone"], config["backbone_revision"]) == (backbone, commit)
+        (work / "head.safetensors").write_bytes(files["model.safetensors"])
+        assert all(key.startswith("head.") for key in load_file(work / "head.safetensors"))
+        assert pushed[f"commit {name}"] in hub.repository(f"org/ttame-{name}").commits
+
+
+def test_one_commit_with_the_card(hub, pushed):
+    timm = hub.repository("org/ttame-timm")
+    assert timm.messages == ["initial commit", "Upload model with hf-ttame"]
+    assert timm.private
+    assert not hub.repository("org/ttame-vit").private
+    card = hub.files("org/ttame-timm")["README.md"].decode()
+    assert 'AutoModel.from_pretrained("org/ttame-timm")' in card
+    assert "base_model: timm/tiny-resnet" in card
+
+
+def test_branches_pull_requests_and_the_command(hub, pushed):
+    vit = hub.repository("org/ttame-vit")
+    assert {"main", "v2", "refs/pr/1"} <= set(vit.branches)
+    assert pushed["pr"].endswith("/discussions/1")
+    assert pushed["no create"] == "ok"
+    assert "was not pushed" in pushed["no repository"]
+    code, output = pushed["command"]
+    assert code == 0, output
+    assert "published: http" in output
+    assert hub.repository("org/by-command").private
+    assert hub.repository("org/by-command").messages[-1] == "From the command"
+
+
+def test_pushed_datasets_and_spaces(hub, pushed):
+    assert list(hub.files("org/maps", "datasets")) == ["maps-00000.parquet"]
+    assert sorted(hub.files("org/space", "spaces")) == ["README.md", "app.py"]
+
+
+def test_every_file_is_listed(hub, pushed):
+    for repo, kind in (("org/ttame-vit", "models"), ("org/maps", "datasets"), ("org/space", "spaces")):
+        start = next(i for i, line in enumerate(pushed["lines"]) if f" {repo}:" in line)
+        for name in hub.files(repo, kind):
+            assert any(line.endswith(f"  {name}") for line in pushed["lines"][start:])
+
+
+def test_the_token_reaches_the_hub_alone(hub, work, pushed):
+    assert f"Bearer {TOKEN}" in hub.authorizations
+    for repository in hub.repositories.values():
+        for files in repository.commits.values():
+            assert not any(TOKEN.encode() in content for content in files.values())
+    assert not any(TOKEN in file.read_text(errors="replace") for file in work.glob("*/*.json"))
+
+
+@pytest.fixture(scope="module")
+def loaded(hub, work, pushed, vit_folder):
+    """What one fresh process with an empty cache loads, wanted and unwanted."""
+    explainer = hub.files("org/ttame-vit")
+    config = json.loads(explainer["config.json"])
+    hub.put("org/ttame-gated", {}, gated=True)
+    hub.put("org/ttame-bare", {k: v for k, v in explainer.items() if k != "model.safetensors"})
+    weights = {"weight_map": {"head.fuser.weight": "../../evil.safetensors"}, "metadata": {}}
+    outside = {k: v for k, v in explainer.items() if k != "model.safetensors"}
+    outside["model.safetensors.index.json"] = json.dumps(weights).encode()
+    outside["../../evil.safetensors"] = explainer["model.safetensors"]
+    hub.put("org/ttame-outside", outside)
+    outside["model.safetensors.index.json"] = json.dumps(
+        {**weights, "weight_map": {"head.fuser.weight": str(work / "evil.safetensors")}}
+    ).encode()
+    hub.put("org/ttame-absolute", outside)
+    pickled = {k: v for k, v in explainer.items() if k != "model.safetensors"}
+    torch.save({"x": torch.zeros(1)}, work / "pytorch_model.bin")
+    pickled["pytorch_model.bin"] = (work / "pytorch_model.bin").read_bytes()
+    hub.put("org/ttame-pickle", pickled)
+    backbone = {f.name: f.read_bytes() for f in vit_folder.iterdir()}
+    remote = json.loads(backbone["config.json"])
+    remote |= {
+        "model_type": "strange",
+        "auto_map": {"AutoConfig": "evil.C", "AutoModelForImageClassification": "evil.M"},
+    }
+    code = f"open({str(work / 'evil-was-run')!r}, 'w')\n"
+    backbone |= {"config.json": json.dumps(remote).encode(), "evil.py": code.encode()}
+    commit = hub.put("org/strange", backbone)
+    strange = {**config, "backbone": "org/strange", "backbone_revision": commit}
+    hub.put("org/ttame-remote", {**explainer, "config.json": json.dumps(strange).encode()})
+    path = {**config, "backbone": "/etc/x", "backbone_revision": None}
+    hub.put("org/ttame-path", {**explainer, "config.json": json.dumps(path).encode()})
+
+    (work / "cards").mkdir()
+    for card in ROOT.glob("model_cards/*/README.md"):
+        shutil.copy(card, work / "cards" / f"{card.parent.name}.md")
+    shutil.copy(ROOT / "docs" / "hub.md", work / "cards" / "docs.md")
+    (work / "cards" / "pushed.md").write_bytes(explainer["README.md"])
+    shutil.copytree(work / "vit", work / "path" / "to" / "this" / "folder")
+    shutil.copytree(vit_folder, work / "path" / "to" / "the" / "classifier")
+    return client(hub, work, "few")
+
+
+def test_maps_are_equal_to_the_bit_in_a_fresh_process(loaded):
+    assert loaded["equal vit"]
+    assert loaded["equal timm"]
+    assert 0 < loaded["close whole"] < 0.05  # a float16 head, in float32
+    assert loaded["dtypes whole"] == ["torch.float32"]
+    assert loaded["config"] == "org/tiny-vit"
+    assert loaded["processor vit"].startswith("ViTImageProcessor")
+    assert loaded["processor timm"].startswith("CLIPImageProcessor")
+
+
+def test_ways_to_load(loaded):
+    for way in ("offline", "branch", "commit", "cache_dir"):
+        assert loaded[way] == "ok", way
+    assert loaded["bfloat16"] == "torch.bfloat16"
+    assert loaded["in cache_dir"] == ["models--org--ttame-timm", "models--timm--tiny-resnet"]
+
+
+def test_the_pipeline_by_its_hub_id(loaded):
+    assert loaded["pipeline"] == ["ImageExplanationPipeline", "torch.float32"]
+    assert loaded["explained"] == [[90, 70], [90, 70]]
+    assert "needs an explainer, got ViTModel" in loaded["no explainer"]
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("nobody/nothing", "nobody/nothing is not a local folder and is not a valid model identifier"),
+        ("no revision", "v9 is not a valid git identifier"),
+        ("org/ttame-gated", "gated repo"),
+        ("org/ttame-bare", "has no model.safetensors, and nothing else is opened"),
+        ("org/ttame-pickle", "has no model.safetensors, and nothing else is opened"),
+        ("org/ttame-outside", "evil.safetensors|not"),
+        ("org/ttame-absolute", "evil.safetensors|not"),
+        ("remote backbone", "trust_remote_code"),
+        ("path backbone", "Repo id must|'/etc/x'"),
+    ],
+)
+def test_what_cannot_or_must_not_be_loaded(loaded, what, message):
+    assert loaded[what] != "ok"
+    assert re.search(message, loaded[what]), loaded[what]
+
+
+def test_nothing_foreign_ran_or_left_the_cache(loaded, work):
+    assert loaded["outside"] == []
+    assert not (work / "evil-was-run").exists()
+    assert not [path for path in work.rglob("evil*") if "models--org--strange" not in str(path)]
+
+
+def test_code_of_cards_runs_as_printed(loaded):
+    ran = {name for name, _ in loaded["cards"]}
+    assert ran == {"pushed", "docs", "vgg16", "resnet50", "vit_b_16", "efficientnet_lite0", "dinov2_small"}
+    assert [entry for entry in loaded["cards"] if entry[1] != "ok"] == []
+    assert "photo_explained.png" in loaded["written"]
+
+
+def test_without_the_import(pushed):
+    """`trust_remote_code=True` finds the installed package; without it nothing runs and nothing loads."""
+    assert "trust_remote_code=True" in pushed["not asked"]
+    assert not pushed["imported"]
+    assert pushed["remote"] == ["hf_ttame.modeling_ttame", True]
+    assert pushed["same class"]
+
+
+def test_an_included_backbone_can_be_named_later(hub, pushed):
+    assert pushed["named"] == ["org/tiny-vit", hub.repository("org/tiny-vit").branches["main"]]
+
+
+@pytest.fixture(scope="module")
+def fault_table(loaded):
+    found = loaded["faults"]
+    assert found["left"] == [
+        "README.md",
+        "config.json",
+        "hf_ttame_remote.py",
+        "model.safetensors",
+        "preprocessor_config.json",
+    ]
+    return found["table"]
+
+
+def test_faults_end_in_success_or_a_clear_error(fault_table):
+    for where, fault, hits, _, first, then in fault_table:
+        assert hits >= 1, f"{fault} on {where} never happened"
+        assert then == "ok", f"after {fault} on {where}: {then}"
+        assert first == "ok" or first.startswith(("ValueError: ", "ConnectionError: ")), first
+        if where.startswith("push") and first != "ok":
+            assert "repeat with: ttame push" in first
+    outcomes = {(where.split(", ")[0], fault): first for where, fault, _, _, first, _ in fault_table}
+    for fault in ("500 x 1", "cut x 1", "429 x 1", "slow x 1"):
+        assert outcomes[("load", fault)] == "ok"
+    assert outcomes[("push", "500 x 1")] == "ok"
+    assert "was not pushed" in outcomes[("push", "400 x 9")]
+    damaged = [row[4] for row in fault_table if row[1].startswith("checksum")]
+    assert len(damaged) == 2
+    assert all("was damaged on its way" in text for text in damaged)
+
+
+def test_training_streams_its_pictures_from_the_hub(hub, work, photo):
+    pictures = datasets.Dataset.from_dict({"image": [photo(80, 70, seed) for seed in range(12)]})
+    pictures.cast_column("image", datasets.Image()).to_parquet(str(work / "train.parquet"))
+    hub.put("org/pictures", {"data/train-00000-of-00001.parquet": (work / "train.parquet").read_bytes()}, "datasets")
+    hub.reset()
+    fault = hub.fault("500", r"GET /datasets/org/pictures/resolve/.*parquet")
+    command = [sys.executable, str(ROOT / "training" / "train.py"), "--backbone", "org/tiny-vit"]
+    command += ["--dataset", "org/pictures", "--output", str(work / "run"), "--steps", "2", "--batch_size", "4"]
+    environment = hub.environment(work / "home-train", PYTHONPATH=str(ROOT), ACCELERATE_USE_CPU="true")
+    done = subprocess.run(
+        [*command, "--workers", "0"], env=environment, capture_output=True, text=True, timeout=240, cwd=work
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert fault.hits == 1
+    record = json.loads((work / "run" / "explainer" / "training.json").read_text())
+    assert (record["dataset"], record["backbone"], record["step"]) == ("org/pictures", "org/tiny-vit", 2)
+    config = json.loads((work / "run" / "explainer" / "config.json").read_text())
+    assert config["backbone_revision"] == hub.repository("org/tiny-vit").branches["main"]
+    assert any(line.startswith("GET /datasets/org/pictures/resolve/") for line in hub.requests)
+    card = render_card(work / "run" / "explainer")
+    assert "- Data: org/pictures" in card
+    assert np.isfinite(record["last"]["total"])
