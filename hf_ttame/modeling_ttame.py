@@ -23,12 +23,7 @@ from .answers import answered, class_logits, probabilities
 from .backbones import Backbone, check_finite, input_channels, labels_of, load_backbone, outputs_of, wrap_backbone
 from .configuration_ttame import TTameConfig
 from .explanation import Explanation
-from .features import (
-    FeatureLayer,
-    check_names,
-    classify,
-    extract,
-)
+from .features import FeatureLayer, check_names, classify, extract, probe_layers
 from .head import TTameHead, start_as_classifier, unsaturate
 from .image_processing import (
     ImageInput,
