@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, CLIPImageProcessorPil
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 # Names that are not tried at all, by pattern, with the reason.
-EXCLUDED: dict[str, str] = {}
+EXCLUDED = {"*_enc": "an encoder: timm builds it without a classifier, and from_backbone refuses it"}
 # Names whose own preprocessing has no equivalent in transformers: they are given a plain resize.
 OTHER_PREPROCESSING = {"deepseek_vit*": "pads to a square (crop_mode 'border')"}
 

@@ -40,6 +40,9 @@ def main(paths: list[str]) -> None:
         rest = " | ".join(str(count[library, result]) for result in ("refused", "excluded", "failed"))
         lines.append(f"| {library} | {tried} | {count[library, 'passed']} | {kinds} | {rest} |")
     lines.append(f"\ntimm: {len(passed)} of {len(families)} model modules with their smallest architecture trained.\n")
+    unplaced = [f"{row['name']} ({', '.join(row['unplaced'])})" for row in found if row.get("unplaced")]
+    if unplaced:
+        lines.append(f"Place not shown, since the random weights mix the whole image there: {', '.join(unplaced)}.\n")
     lines += ["### Not passed\n", "| architecture | result | reason |", "|---|---|---|"]
     lines += [f"| {r['name']} | {r['result']} | {r['reason']} |" for r in found if r["result"] != "passed"]
     for library, title in (("timm", "timm, the smallest of every module"), ("transformers", "transformers")):

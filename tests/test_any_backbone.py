@@ -64,14 +64,17 @@ def facts_of(layers: list[FeatureLayer]) -> list[dict[str, Any]]:
     return [{"name": x.name, "grid": x.grid, "layout": x.layout, "prefix_tokens": x.prefix_tokens} for x in layers]
 
 
-def try_full(backbone: nn.Module, processor: Any, size: tuple[int, int, int], train: bool) -> TTameModel:
+def try_full(
+    backbone: nn.Module, processor: Any, size: tuple[int, int, int], train: bool
+) -> tuple[TTameModel, list[str]]:
+    """The explainer, and the layers whose place could not be shown (see `check_attached`)."""
     settle(backbone, size)
     model = TTameModel.from_backbone(backbone, processor=processor)
-    check_attached(model)
+    unplaced = check_attached(model)
     if train:
         with tempfile.TemporaryDirectory() as folder:
             check_trains_and_reloads(model, Path(folder, "explainer"))
-    return model
+    return model, unplaced
 
 
 @torch.no_grad()
@@ -92,14 +95,16 @@ def try_on_meta(module: nn.Module) -> list[FeatureLayer]:
 @pytest.mark.parametrize("name", TIMM_SAMPLE)
 def test_timm(name):
     module = make_timm(name)
-    try_full(module, processor_of(name, module), module.pretrained_cfg["input_size"], train=True)
+    _, unplaced = try_full(module, processor_of(name, module), module.pretrained_cfg["input_size"], train=True)
+    assert not unplaced
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS_SAMPLE)
 def test_transformers(name):
     module, processor = make_transformers(name, **TRANSFORMERS_SAMPLE[name])
     side = processor.size["height"]
-    try_full(module, processor, (3, side, side), train=True)
+    _, unplaced = try_full(module, processor, (3, side, side), train=True)
+    assert not unplaced
 
 
 def every_timm_name() -> Iterator[str]:
@@ -120,13 +125,14 @@ def sweep_timm(name: str, request: pytest.FixtureRequest, train: bool) -> None:
             try:
                 module = make_timm(name)
                 size = module.pretrained_cfg["input_size"]
-                model = try_full(module, processor_of(name, module), size, train=train)
+                model, unplaced = try_full(module, processor_of(name, module), size, train=train)
             except (AssertionError, RuntimeError):  # a smaller side than its own does not suit everything
                 module = make_timm(name, own_size=True)
                 size = module.pretrained_cfg["input_size"]
-                model = try_full(module, processor_of(name, module), size, train=train)
+                model, unplaced = try_full(module, processor_of(name, module), size, train=train)
             layers = model.layers
             facts |= {"path": "trained" if train else "explained", "head_init": model.config.head_init, "input": size}
+            facts |= {"unplaced": unplaced} if unplaced else {}
         else:
             facts["path"] = "meta"
             layers = try_on_meta(meta)
@@ -164,7 +170,8 @@ def test_every_transformers_class(name, request):
         raise
     side = processor.size["height"]
     try:
-        model = try_full(module, processor, (3, side, side), train=True)
+        wrap_backbone(module, processor)  # refuses what has no maps
+        model, unplaced = try_full(module, processor, (3, side, side), train=True)
     except Exception as error:
         refused = "cannot be explained by a map" in str(error)
         record(request, **facts, result="refused" if refused else "failed", reason=str(error)[:300])
@@ -172,7 +179,7 @@ def test_every_transformers_class(name, request):
             raise
         return
     record(
-        request, **facts, result="passed", path="trained", input=[3, side, side],
+        request, **facts, result="passed", path="trained", input=[3, side, side], unplaced=unplaced,
         head_init=model.config.head_init, layers=facts_of(model.layers),
     )  # fmt: skip
 
