@@ -96,6 +96,8 @@ def render_card(folder: str | os.PathLike, repo_id: str | None = None) -> str:
     own = _card_facts(folder)
     report = _normalised(_read(folder / own.get("report", "report.json")))
     training = _read(folder / "training.json")
+    if training:  # a run's record holds its arguments one level down
+        training = {**(training.get("arguments") or {}), **training}
     repo_id = repo_id or own.get("repo_id")
     if repo_id is not None:
         validate_repo_id(repo_id)
@@ -397,7 +399,7 @@ def _pictures(own: Mapping[str, Any]) -> str:
 def _training(own: Mapping[str, Any], training: Any) -> str:
     lines = [
         f"- Data: {escape(own.get('training_data') or _dataset(training))}",
-        f"- Cost: {escape(own.get('training_cost') or NOT_MEASURED)}",
+        f"- Cost: {escape(own.get('training_cost') or _cost(training))}",
     ]
     if training:
         known = {
@@ -420,6 +422,16 @@ def _training(own: Mapping[str, Any], training: Any) -> str:
         "- The targets are the classifier's own predictions; no label is used, and the classifier never changes."
     )
     return "\n".join(lines)
+
+
+def _cost(training: Any) -> str:
+    seconds, machine = (training or {}).get("seconds"), (training or {}).get("machine")
+    if not isinstance(seconds, (int, float)):
+        return NOT_MEASURED
+    where = (
+        ", ".join(f"{key} {value}" for key, value in machine.items()) if isinstance(machine, dict) else NOT_RECORDED
+    )
+    return f"{seconds / 60:.0f} minutes (machine: {where})"
 
 
 def _dataset(training: Any) -> str:

@@ -54,9 +54,9 @@ def test_another_architecture_of_as_many_classes_is_refused(vit, tmp_path):
     fine = ViTForImageClassification(type(vit.backbone.config)(**{**vit.backbone.config.to_dict(), "patch_size": 8}))
     with pytest.raises(ValueError, match=r"grid of \(4, 4\).*gives 24 on \(8, 8\)"):
         TTameModel.from_pretrained(tmp_path, backbone=fine)
-    large = ViTForImageClassification(type(vit.backbone.config)(**{**vit.backbone.config.to_dict(), "image_size": 96}))
+    grey = ViTForImageClassification(type(vit.backbone.config)(**{**vit.backbone.config.to_dict(), "num_channels": 1}))
     with pytest.raises(ValueError, match=r"cannot take the head's input of \(3, 64, 64\)"):
-        TTameModel.from_pretrained(tmp_path, backbone=large)
+        TTameModel.from_pretrained(tmp_path, backbone=grey)
 
 
 def test_saving_after_an_override_names_the_backbone_in_use(vit, vit_folder, tmp_path):
@@ -558,7 +558,8 @@ def test_training_streams_its_pictures_from_the_hub(hub, work, photo):
     assert done.returncode == 0, done.stderr[-4000:]
     assert fault.hits == 1
     record = json.loads((work / "run" / "explainer" / "training.json").read_text())
-    assert (record["dataset"], record["backbone"], record["step"]) == ("org/pictures", "org/tiny-vit", 2)
+    given = record["arguments"]
+    assert (given["dataset"], given["backbone"], record["steps"]) == ("org/pictures", "org/tiny-vit", 2)
     config = json.loads((work / "run" / "explainer" / "config.json").read_text())
     assert config["backbone_revision"] == hub.repository("org/tiny-vit").branches["main"]
     assert any(line.startswith("GET /datasets/org/pictures/resolve/") for line in hub.requests)

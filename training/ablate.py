@@ -82,10 +82,10 @@ def summarise(runs: dict[str, list[Path]]) -> dict[str, dict[str, Any]]:
             difference = values.mean(dim=0) - base
             table[name][measure] = {
                 "mean": round(float(values.mean()), 4),
-                "interval_95": [round(bound, 4) for bound in mean_interval(values.mean(dim=0).numpy())],
+                "interval_95": [round(bound, 4) for bound in mean_interval(values.mean(dim=0).numpy())[1:3]],
                 "seeds": [round(float(seed.mean()), 4) for seed in values],
                 "difference": round(float(difference.mean()), 4),
-                "difference_95": [round(bound, 4) for bound in mean_interval(difference.numpy())],
+                "difference_95": [round(bound, 4) for bound in mean_interval(difference.numpy())[1:3]],
             }
     return table
 

@@ -93,7 +93,8 @@ def summary(values: dict[str, torch.Tensor]) -> dict[str, float]:
 
 def intervals(values: dict[str, torch.Tensor]) -> dict[str, list[float]]:
     """95 percent bootstrap interval of the mean of every measure."""
-    return {name: [round(bound, 3) for bound in mean_interval(column.numpy())] for name, column in values.items()}
+    found = {name: mean_interval(column.numpy()) for name, column in values.items()}
+    return {name: [round(interval.low, 3), round(interval.high, 3)] for name, interval in found.items()}
 
 
 @torch.no_grad()
