@@ -1,15 +1,17 @@
 """Finding a classifier: a Hub id, a folder, a transformers module or a timm module, always with its processor."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
-from .image_processing import processor_from_timm
+from .image_processing import measure_normalisation, processor_from_timm
 from .saving import patiently, resolve_commit
 
 # Image classifiers of transformers that cannot be explained by a map, by model type.
@@ -93,13 +95,26 @@ def load_backbone(
             "fine-tune it first, or give one that has a classification head"
         )
     if processor is None:
-        if config.model_type == "timm_wrapper":
+        saved = local and (folder / "preprocessor_config.json").is_file()
+        if config.model_type == "timm_wrapper" and saved:  # Pillow resizes as timm does, but only RGB pictures
+            processor = _saved_processor(folder, "Pil" if input_channels(model) == 3 else "")
+        elif config.model_type == "timm_wrapper":
             processor = processor_from_timm(config.pretrained_cfg, input_channels(model))
         else:
             processor = _load_processor(name, where)
     if local:
         return Backbone(model, processor)
     return Backbone(model, processor, name, resolve_commit(name, revision, **hub_kwargs) or revision)
+
+
+def _saved_processor(folder: Path, suffix: str) -> Any:
+    """The processor saved beside a timm model; AutoImageProcessor would go by the model's type and pass it over."""
+    kind = json.loads((folder / "preprocessor_config.json").read_text()).get("image_processor_type", "")
+    kind = kind.removesuffix("Fast").removesuffix("Pil")
+    found = getattr(transformers, kind + suffix, None) or getattr(transformers, kind, None)
+    if found is None:
+        raise ValueError(f"{str(folder)!r} names an image processor {kind!r} that transformers does not have")
+    return found.from_pretrained(folder)
 
 
 def _load_processor(name: str, where: dict[str, Any]) -> Any:
@@ -138,7 +153,7 @@ def wrap_backbone(module: nn.Module, processor: Any = None) -> Backbone:
             raise ValueError(
                 "the timm model has num_classes=0, so no classifier to explain; create it with its classifier"
             )
-        wrapper = _wrap_timm(module)
+        wrapper = _wrap_timm(module, processor)
         return Backbone(wrapper, processor or processor_from_timm(_input_config(module), input_channels(wrapper)))
     raise TypeError(
         f"a backbone module must be a transformers image classifier or a timm model, got {type(module).__name__}"
@@ -162,17 +177,19 @@ def outputs_of(config: Any) -> str:
             "the backbone's problem_type is 'regression': it has no classes to explain; if the sign of its one output "
             "is a yes or no, pass outputs='single_logit'"
         )
-    if config.problem_type == "multi_label_classification":
-        return "sigmoid"
-    return "single_logit" if config.num_labels == 1 else "softmax"
+    if config.num_labels == 1:
+        return "single_logit"
+    return "sigmoid" if config.problem_type == "multi_label_classification" else "softmax"
 
 
 def labels_of(config: Any, outputs: str) -> dict[str, dict]:
     """id2label and label2id of the classes that can be explained; a single logit has two: no and yes."""
     labels = dict(config.id2label or {i: f"LABEL_{i}" for i in range(config.num_labels)})
+    if (outputs == "single_logit") != (len(labels) == 1):
+        raise ValueError(
+            f"outputs={outputs!r} does not fit a classifier of {len(labels)} logits; 'single_logit' is for exactly one"
+        )
     if outputs == "single_logit":
-        if len(labels) != 1:
-            raise ValueError(f"outputs='single_logit' needs a classifier with one logit, this one has {len(labels)}")
         (yes,) = labels.values()
         labels = {0: f"not {yes}", 1: yes}
     return {"id2label": labels, "label2id": {label: class_id for class_id, label in labels.items()}}
@@ -209,35 +226,76 @@ def input_channels(model: PreTrainedModel) -> int:
     return int(getattr(getattr(config, "vision_config", config), "num_channels", 3))
 
 
-def _wrap_timm(module: Any) -> PreTrainedModel:
+def _wrap_timm(module: Any, processor: Any) -> PreTrainedModel:
     """The module inside transformers' wrapper, so that it saves and loads like every other backbone."""
     from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
+    module.eval()
     cfg = _input_config(module)
-    architecture = cfg.get("architecture")
-    given = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    weights = module.state_dict()
+    classifier = module.get_classifier() if hasattr(module, "get_classifier") else None
+    classes = getattr(classifier, "out_features", module.num_classes)  # a replaced layer may have others
     first = next((child for child in module.modules() if isinstance(child, nn.Conv2d)), None)
+    # What timm's cfg does not record, as far as it can be read off the module.
     size = {"img_size": list(cfg["input_size"][1:])}
     channels = {"in_chans": first.in_channels} if first is not None else {}
-    # A transformer built for another input size needs to be told so, others do not know the argument.
-    for model_args in ({}, size, channels, {**size, **channels}):
-        facts = {"architecture": architecture, "num_classes": module.num_classes, "pretrained_cfg": cfg}
-        config = TimmWrapperConfig.from_dict({**facts, **({"model_args": model_args} if model_args else {})})
+    pool = getattr(module, "global_pool", None)
+    pool = getattr(pool, "pool_type", pool)
+    pooling = {"global_pool": pool} if isinstance(pool, str) else {}
+    dynamic = {"dynamic_img_size": True}
+    candidates: tuple[dict[str, Any], ...] = (
+        {},
+        size,
+        channels,
+        {**size, **channels},
+        pooling,
+        {**size, **pooling},
+        dynamic,
+        {**dynamic, **size},
+    )
+    for model_args in candidates:
+        facts = {"architecture": cfg.get("architecture"), "num_classes": classes, "pretrained_cfg": cfg}
+        config = TimmWrapperConfig.from_dict({**facts, **({"model_args": dict(model_args)} if model_args else {})})
         try:
-            with torch.device("meta"):  # only its structure is compared
+            with torch.device("meta"):
                 wrapper = TimmWrapperForImageClassification(config)
         except TypeError:
             continue
-        built = {name: tuple(tensor.shape) for name, tensor in wrapper.timm_model.state_dict().items()}
-        if built == given:
-            break
-    else:
-        raise ValueError(
-            f"the module is not timm's {architecture!r} as its pretrained_cfg says, so it could not be rebuilt on "
-            "loading; save it as a transformers or timm folder and pass that"
-        )
-    wrapper.timm_model = module
-    return wrapper
+        built = {name: tensor.shape for name, tensor in wrapper.timm_model.state_dict().items()}
+        if built == {name: tensor.shape for name, tensor in weights.items()} and _rebuilds(module, config, processor):
+            wrapper.timm_model = module
+            return wrapper
+    raise ValueError(
+        f"the module is not timm's {cfg.get('architecture')!r} as its pretrained_cfg says, so loading could not "
+        "rebuild it; wrap it with the arguments it was made with: TimmWrapperForImageClassification(TimmWrapperConfig("
+        "architecture=..., num_classes=..., model_args={...})), load its weights there, and pass that"
+    )
+
+
+@torch.no_grad()
+def _rebuilds(module: Any, config: Any, processor: Any) -> bool:
+    """Whether a model built from the config alone gives the module's logits: arguments do not show in the weights."""
+    from transformers import TimmWrapperForImageClassification
+
+    reference = next(module.parameters())
+    if reference.is_meta:
+        return True  # nothing to compare but shapes
+    rebuilt: Any = TimmWrapperForImageClassification(config)
+    rebuilt.timm_model.load_state_dict(module.state_dict())
+    rebuilt.to(reference).eval()
+    channels = input_channels(rebuilt)
+    height, width = config.pretrained_cfg["input_size"][1:]
+    if processor is not None:
+        height, width = measure_normalisation(processor, channels).size
+    noise = torch.randn(1, channels, height, width, generator=torch.Generator().manual_seed(0)).to(reference)
+    try:
+        expected = module(noise)
+    except (RuntimeError, AssertionError):
+        return True  # the module does not take this size either: said later, in better words
+    try:
+        return bool(torch.allclose(rebuilt(noise).logits, expected, rtol=1e-4, atol=1e-5))
+    except (RuntimeError, AssertionError):  # the rebuilt one does not take this size
+        return False
 
 
 def _random_timm(name: str, processor: Any) -> Backbone:

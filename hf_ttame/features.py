@@ -75,18 +75,32 @@ def run(backbone: nn.Module, pixel_values: torch.Tensor, indices: Sequence[int] 
     arguments: dict[str, Any] = {}
     if indices is not None:
         arguments["output_hidden_states"] = list(indices) if inner_module(backbone) is not backbone else True
-    trained_at = getattr(getattr(backbone, "config", None), "image_size", None)
-    if trained_at is not None and "interpolate_pos_encoding" in inspect.signature(backbone.forward).parameters:
+    config: Any = getattr(backbone, "config", None)
+    trained_at = getattr(getattr(config, "vision_config", config), "image_size", None)
+    if trained_at is not None and _interpolates(backbone):
         size = (trained_at, trained_at) if isinstance(trained_at, int) else tuple(trained_at)
         if size != tuple(pixel_values.shape[-2:]):
             arguments["interpolate_pos_encoding"] = True
     return backbone(pixel_values, **arguments)
 
 
+def _interpolates(backbone: nn.Module) -> bool:
+    """Whether the position encoding can follow another input size; some models pass the word on unnamed."""
+    named = "interpolate_pos_encoding" in inspect.signature(backbone.forward).parameters
+    return named or getattr(getattr(backbone, "config", None), "model_type", None) in ("clip", "siglip", "metaclip_2")
+
+
+def logits_of(output: Any) -> torch.Tensor:
+    """Logits (B, K) of a plain tensor or an output object; PP-LCNet's stand in `last_hidden_state`."""
+    if isinstance(output, torch.Tensor):
+        return output
+    logits = getattr(output, "logits", None)
+    return output.last_hidden_state if logits is None else logits
+
+
 def classify(backbone: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
     """Logits (B, K) of a classifier that returns them plainly or in an output object."""
-    output = run(backbone, pixel_values)
-    return output if isinstance(output, torch.Tensor) else output.logits
+    return logits_of(run(backbone, pixel_values))
 
 
 def first_tensor(output: Any) -> torch.Tensor | None:
@@ -145,8 +159,9 @@ def run_listed(
     try:
         output = run(backbone, pixel_values, indices)
         if is_timm:  # a compact list, in ascending order
-            return output.logits, {name: output.hidden_states[indices.index(i)] for name, (_, i) in entries.items()}
-        return output.logits, {name: getattr(output, which)[i] for name, (which, i) in entries.items()}
+            found = dict(zip(indices, output.hidden_states, strict=True))
+            return logits_of(output), {name: found[index] for name, (_, index) in entries.items()}
+        return logits_of(output), {name: getattr(output, which)[i] for name, (which, i) in entries.items()}
     except (AttributeError, IndexError, TypeError, AssertionError) as error:
         raise ValueError(
             f"{type(inner_module(backbone)).__name__} does not return {', '.join(entries)} ({error}); "

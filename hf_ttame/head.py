@@ -124,7 +124,7 @@ class TTameHead(nn.Module):
         return total + bias.to(total.dtype)
 
 
-def start_as_classifier(head: TTameHead, pooled: PooledClassifier, outputs: str = "softmax") -> None:
+def start_as_classifier(head: TTameHead, pooled: PooledClassifier, outputs: str) -> None:
     """Warm start: the head begins as the class activation map (CAM) of the last layer.
 
     The last layer's branch passes its features through unchanged, its slice of the fusion is the classifier's weight,

@@ -39,7 +39,9 @@ def choose_layers(
         ValueError: an unknown name, a layer without maps, no default layers, or `names` without the pooled map.
     """
     chosen = list(names) if names is not None else default_layers(backbone, pixel_values)
-    if pooled is not None and pooled.layer not in chosen and names is None:
+    if pooled is not None and names is None and pooled.layer in chosen:
+        chosen = [name for name in chosen if name != pooled.layer] + [pooled.layer]
+    elif pooled is not None and names is None:
         chosen[-1] = pooled.layer
     check_names(backbone, chosen)
     if pooled is not None and pooled.layer != chosen[-1]:
@@ -263,11 +265,14 @@ def find_pooled_classifier(backbone: nn.Module, pixel_values: torch.Tensor) -> P
         return None
     linear, x = classifiers[-1]
     # The shortest name: "layer4" rather than its last activation, which is the same tensor.
-    for name, mean, non_negative in sorted(means, key=lambda entry: entry[0].count(".")):
+    once = [entry for entry in means if sum(entry[0] == other[0] for other in means) == 1]  # others cannot be tapped
+    for name, mean, non_negative in sorted(once, key=lambda entry: entry[0].count(".")):
         width_ = mean.shape[1]
         for start in range(0, x.shape[1] - width_ + 1, width_):
             part = x[:, start : start + width_]
-            if torch.allclose(part, mean, rtol=1e-4, atol=1e-5):
+            # Relative to its size, and it must tell two pictures apart: values near zero would match anything.
+            error, size = (part - mean).norm(), part.norm()
+            if error <= 1e-4 * size and (part[0] - part[1]).norm() > 1e-3 * size:
                 weight = linear.weight[:, start : start + width_].clone()
                 return PooledClassifier(
                     name, weight, None if linear.bias is None else linear.bias.clone(), non_negative

@@ -177,6 +177,14 @@ class TTameModel(PreTrainedModel):
         )
         noise = noise.to(reference)
         classifier.eval()
+        try:
+            with torch.no_grad():
+                classify(classifier, noise)
+        except (RuntimeError, AssertionError, ValueError) as error:
+            raise ValueError(
+                f"{type(classifier).__name__} cannot take its processor's pictures of {tuple(noise.shape[1:])}: "
+                f"{error}; pass a processor of the size that it was made for (or give `img_size=` to timm)"
+            ) from error
 
         pooled = None
         if head_init == "classifier" or (head_init == "auto" and feature_layers is None):
@@ -188,6 +196,11 @@ class TTameModel(PreTrainedModel):
                 "use head_init='random'"
             )
         layers = choose_layers(classifier, noise, feature_layers, pooled)
+        if class_token == "multiply" and not all(layer.prefix_tokens for layer in layers):
+            raise ValueError(
+                "class_token='multiply' needs layers that hold a class token; of "
+                f"{[layer.name for layer in layers]} at least one has none; use 'drop'"
+            )
         grid = (max(layer.grid[0] for layer in layers), max(layer.grid[1] for layer in layers))
         config = TTameConfig(
             backbone=loaded.hub_id,
@@ -208,6 +221,8 @@ class TTameModel(PreTrainedModel):
             head_init="random" if pooled is None else "classifier",
             classifier_outputs=outputs,
             map_scaling=map_scaling,
+            # So that transformers' own classification pipeline takes the sigmoid too.
+            problem_type=None if outputs == "softmax" else "multi_label_classification",
             **labels_of(classifier.config, outputs),  # type: ignore[arg-type]
         )
         model = cls(config)
@@ -232,7 +247,8 @@ class TTameModel(PreTrainedModel):
 
         Args:
             pixel_values: (B, C, H, W), normalised by `image_processor`.
-            class_ids: None the predicted class; an int; (B,) one class or (B, N) classes per image; "all".
+            class_ids: None the class with the highest logit (one, also where several are positive); an int; (B,) one
+                class or (B, N) classes per image; "all".
 
         Returns:
             logits (B, K), map_logits (B, N, h, w), class_ids (B, N).

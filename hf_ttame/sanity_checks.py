@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from .answers import choose_targets
 from .backbones import Backbone, load_backbone
 from .baselines import make_method
 from .evaluation import Images, Plan, Scan, scan
@@ -148,7 +149,7 @@ def fresh_head(model: TTameModel, seed: int = 0) -> None:
     shape = (2, len(config.pixel_scale), *config.image_size)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(model.device)
     if config.head_init == "classifier" and (pooled := find_pooled_classifier(model.backbone, noise)):
-        start_as_classifier(head, pooled)
+        start_as_classifier(head, pooled, config.classifier_outputs)
     model.head = head.to(next(model.head.parameters()))
 
 
@@ -159,16 +160,17 @@ def fit_head(
     model.train()
     optimizer = torch.optim.AdamW(model.head.parameters(), lr=learning_rate, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=max(steps, 2))
-    size = (model.config.image_size[0], model.config.image_size[1])
+    size, outputs = (model.config.image_size[0], model.config.image_size[1]), model.config.classifier_outputs
     for step in range(steps):
         pixel_values = batches(step)
         with torch.no_grad():
             logits, features = model.features(pixel_values)
-        classes, position, counts = logits.argmax(dim=1).unique(return_inverse=True, return_counts=True)
+        targets = choose_targets(logits, outputs, torch.Generator(logits.device).manual_seed(step))
+        classes, position, counts = targets.unique(return_inverse=True, return_counts=True)
         masks = model.head(features, classes).float().sigmoid()
         own = masks[torch.arange(len(position), device=masks.device), position]
         masked = apply_mask(pixel_values, resize_maps(own, size), model.fill())
-        ttame_loss(model.classify(masked).float(), classes[position], masks, counts=counts).total.backward()
+        ttame_loss(model.classify(masked).float(), targets, masks, counts=counts, outputs=outputs).total.backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()

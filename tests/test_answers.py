@@ -145,7 +145,7 @@ def test_a_regressor_is_refused():
     with pytest.raises(ValueError, match=r"regression.*outputs='single_logit'"):
         TTameModel.from_backbone(vit, processor=vit_processor())
     assert TTameModel.from_backbone(vit, processor=vit_processor(), outputs="single_logit").config.num_labels == 2
-    with pytest.raises(ValueError, match="one logit, this one has 7"):
+    with pytest.raises(ValueError, match="does not fit a classifier of 7 logits"):
         TTameModel.from_backbone(make_timm("test_resnet"), outputs="single_logit")
     with pytest.raises(ValueError, match="classifier_outputs must be one of"):
         TTameModel.from_backbone(make_timm("test_resnet"), outputs="sigmoids")

@@ -8,7 +8,7 @@ import torch
 from conftest import make_timm, make_vit, vit_processor
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import BertConfig, BertModel, ViTConfig, ViTModel
+from transformers import BertConfig, BertModel, ViTConfig, ViTImageProcessor, ViTModel
 
 from hf_ttame import TTameModel
 from hf_ttame.backbones import check_finite, load_backbone, wrap_backbone
@@ -169,8 +169,8 @@ def test_timm_module_whose_config_already_names_its_input_size():
 
 def test_timm_module_that_was_changed_by_hand():
     module = make_timm("test_resnet")
-    module.fc = nn.Linear(module.fc.in_features, 3)
-    with pytest.raises(ValueError, match="could not be rebuilt on loading"):
+    module.fc = nn.Sequential(nn.Linear(module.fc.in_features, 8), nn.Linear(8, 3))
+    with pytest.raises(ValueError, match="could not rebuild it"):
         wrap_backbone(module)
 
 
@@ -180,3 +180,48 @@ def test_timm_folder(timm_cnn, tmp_path):
     state = timm_cnn.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in found.model.timm_model.state_dict().items())
     assert tuple(found.processor.crop_size[side] for side in ("height", "width")) == (64, 64)
+
+
+@pytest.mark.parametrize("given", [{"global_pool": "max"}, {"img_size": 96, "dynamic_img_size": True}])
+def test_arguments_that_do_not_show_in_the_weights_are_kept(given, tmp_path):
+    name = "test_vit" if "img_size" in given else "test_resnet"
+    model = TTameModel.from_backbone(timm.create_model(name, num_classes=7, **given))
+    model.save_pretrained(tmp_path)
+    again = TTameModel.from_pretrained(tmp_path, strict=True)
+    images = torch.randn(2, 3, *model.config.image_size)
+    with torch.no_grad():
+        assert torch.equal(again(images).logits, model(images).logits)
+
+
+def test_a_module_that_cannot_be_rebuilt_is_refused():
+    with pytest.raises(ValueError, match="could not rebuild it; wrap it with the arguments"):
+        TTameModel.from_backbone(timm.create_model("test_resnet", num_classes=7, output_stride=8))
+
+
+def test_a_replaced_classifier_keeps_its_classes(tmp_path):
+    module = timm.create_model("test_resnet", num_classes=7)
+    module.fc = torch.nn.Linear(module.num_features, 5)
+    model = TTameModel.from_backbone(module)
+    assert model.config.num_labels == 5
+    model.save_pretrained(tmp_path)
+    assert TTameModel.from_pretrained(tmp_path, strict=True).config.num_labels == 5
+
+
+def test_a_timm_folder_keeps_its_own_preprocessing(tmp_path):
+    model = TTameModel.from_backbone(
+        timm.create_model("test_resnet", num_classes=7), processor=ViTImageProcessor(size={"height": 96, "width": 96})
+    )
+    model.save_pretrained(tmp_path)
+    assert TTameModel.from_backbone(tmp_path / "backbone").config.image_size == [96, 96]
+
+
+def test_an_input_that_does_not_fit_is_explained():
+    with pytest.raises(ValueError, match=r"cannot take its processor's pictures of \(3, 72, 64\)"):
+        TTameModel.from_backbone(
+            timm.create_model("test_vit", num_classes=7), processor=ViTImageProcessor(size={"height": 72, "width": 64})
+        )
+
+
+def test_a_class_token_that_is_not_there_cannot_be_multiplied():
+    with pytest.raises(ValueError, match="class_token='multiply' needs layers that hold a class token"):
+        TTameModel.from_backbone(timm.create_model("test_resnet", num_classes=7), class_token="multiply")

@@ -239,7 +239,7 @@ def test_warm_start_of_dinov2_is_the_patch_part(dinov2_folder, dinov2, batch_nor
 
 def test_warm_start_without_classifier_bias(fresh):
     pooled = PooledClassifier("layer4", torch.ones(CLASSES, fresh.head.channels[-1]), None, True)
-    start_as_classifier(fresh.head, pooled)
+    start_as_classifier(fresh.head, pooled, "softmax")
     assert not fresh.head.fuser.bias.any()
 
 

@@ -41,11 +41,18 @@ def augment(
 
 
 def normaliser(normalisation: Normalisation, device: torch.device | str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function from views (B, H, W, 3) of uint8 to pixel values (B, 3, H, W) on the device, channels last."""
+    """A function from views (B, H, W, 3) of uint8 to pixel values (B, C, H, W) on the device, channels last.
+
+    For a backbone of one channel the views become grey, with the weights of Pillow's conversion.
+    """
+    grey = torch.tensor([0.299, 0.587, 0.114], device=device)
     scale = torch.tensor(normalisation.scale, device=device)[:, None, None] / 255
     shift = torch.tensor(normalisation.shift, device=device)[:, None, None]
 
     def normalise(pixels: torch.Tensor) -> torch.Tensor:
-        return pixels.to(device, non_blocking=True).permute(0, 3, 1, 2).float().mul_(scale).add_(shift)
+        values = pixels.to(device, non_blocking=True).float()
+        if len(normalisation.scale) == 1:
+            values = (values @ grey)[..., None]
+        return values.permute(0, 3, 1, 2).mul_(scale).add_(shift)
 
     return normalise

@@ -256,6 +256,11 @@ def main(argv: list[str] | None = None) -> int:
         outputs=arguments.outputs,
         map_scaling=arguments.map_scaling,
     )
+    if len(model.config.pixel_scale) not in (1, 3):
+        raise ValueError(
+            f"training reads colour pictures, and grey ones for one channel; this backbone takes "
+            f"{len(model.config.pixel_scale)} channels: train its head in a loop of your own, see docs/training.md"
+        )
     layout = torch.channels_last if arguments.channels_last else torch.contiguous_format
     model.to(accelerator.device).to(memory_format=layout).train()
     if arguments.sync_batch_norm:

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from hf_ttame import TTameModel
-from hf_ttame.image_processing import preprocess
+from hf_ttame.image_processing import load_picture, preprocess
 from hf_ttame.masking import resize_maps
 from hf_ttame.metrics import class_probability, judge_by, masked_confidence, mean_interval
 from hf_ttame.metrics.confidence import drops, increases
@@ -34,7 +34,7 @@ class HeldOut:
         pictures = []
         for cell in cells:
             try:
-                pictures.append(decode(cell))
+                pictures.append(load_picture(decode(cell), len(model.config.pixel_scale)))
             except ValueError:
                 continue
         if not pictures:
