@@ -60,6 +60,15 @@ def record(request: pytest.FixtureRequest, **facts: Any) -> None:
             file.write(json.dumps(facts) + "\n")
 
 
+def skip_if_recorded(request: pytest.FixtureRequest, name: str) -> None:
+    """A sweep that was stopped continues: what its report holds as passed is not tried again."""
+    path = request.config.getoption("--report")
+    if path and Path(path).exists():
+        rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+        if any(row["name"] == name and row["result"] != "failed" for row in rows):
+            pytest.skip("recorded")
+
+
 def facts_of(layers: list[FeatureLayer]) -> list[dict[str, Any]]:
     return [{"name": x.name, "grid": x.grid, "layout": x.layout, "prefix_tokens": x.prefix_tokens} for x in layers]
 
@@ -112,6 +121,7 @@ def every_timm_name() -> Iterator[str]:
 
 
 def sweep_timm(name: str, request: pytest.FixtureRequest, train: bool) -> None:
+    skip_if_recorded(request, name)
     family = next(key for key, names in modules().items() if name in names)
     facts: dict[str, Any] = {"library": "timm", "family": family, "name": name}
     if reason := excluded(name):
@@ -158,6 +168,7 @@ def test_every_other_timm_name(name, request):
 @pytest.mark.sweep
 @pytest.mark.parametrize("name", transformers_classes())
 def test_every_transformers_class(name, request):
+    skip_if_recorded(request, name)
     facts: dict[str, Any] = {"library": "transformers", "name": name}
     try:
         module, processor = make_transformers(name)
