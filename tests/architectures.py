@@ -190,15 +190,19 @@ def transformers_classes() -> list[str]:
     return names
 
 
-def make_transformers(class_name: str, **shrunk: Any) -> tuple[nn.Module, CLIPImageProcessorPil]:
-    """A classifier of five classes with the type's default config, its depth and what `shrunk` names reduced."""
-    kind = getattr(transformers, class_name)
+def default_config(class_name: str) -> Any:
     model_type = next(
         key
         for key, found in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.items()
         if class_name in (found if isinstance(found, tuple) else (found,))
     )
-    config = CONFIG_MAPPING[model_type]()
+    return CONFIG_MAPPING[model_type]()
+
+
+def make_transformers(class_name: str, **shrunk: Any) -> tuple[nn.Module, CLIPImageProcessorPil]:
+    """A classifier of five classes with the type's default config, its depth and what `shrunk` names reduced."""
+    kind = getattr(transformers, class_name)
+    config = default_config(class_name)
     vision = getattr(config, "vision_config", config)
     if isinstance(getattr(vision, "num_hidden_layers", None), int):
         vision.num_hidden_layers = 4

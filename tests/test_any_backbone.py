@@ -13,6 +13,7 @@ import torch
 from architectures import (
     FULL_PARAMETERS,
     SMALLEST,
+    default_config,
     excluded,
     make_on_meta,
     make_timm,
@@ -26,7 +27,7 @@ from backbone_checks import check_attached, check_trains_and_reloads, misplaced,
 from torch import nn
 
 from hf_ttame import TTameHead, TTameModel
-from hf_ttame.backbones import wrap_backbone
+from hf_ttame.backbones import NoMaps, check_spatial, wrap_backbone
 from hf_ttame.features import FeatureLayer, extract
 from hf_ttame.layer_choice import default_layers, probe_layers
 
@@ -171,6 +172,11 @@ def test_every_transformers_class(name, request):
     skip_if_recorded(request, name)
     facts: dict[str, Any] = {"library": "transformers", "name": name}
     try:
+        check_spatial(default_config(name))  # as from_backbone does, before any weight is loaded
+    except NoMaps as error:
+        record(request, **facts, family=default_config(name).model_type, result="refused", reason=str(error))
+        return
+    try:
         module, processor = make_transformers(name)
         facts["family"] = module.config.model_type
     except ImportError as error:
@@ -181,14 +187,10 @@ def test_every_transformers_class(name, request):
         raise
     side = processor.size["height"]
     try:
-        wrap_backbone(module, processor)  # refuses what has no maps
         model, unplaced = try_full(module, processor, (3, side, side), train=True)
     except Exception as error:
-        refused = "cannot be explained by a map" in str(error)
-        record(request, **facts, result="refused" if refused else "failed", reason=str(error)[:300])
-        if not refused:
-            raise
-        return
+        record(request, **facts, result="failed", reason=f"{type(error).__name__}: {error}"[:300])
+        raise
     record(
         request, **facts, result="passed", path="trained", input=[3, side, side], unplaced=unplaced,
         head_init=model.config.head_init, layers=facts_of(model.layers),
