@@ -1,5 +1,7 @@
 """Other explainers on tiny backbones: the contract, the passes they cost, and their formulas done slowly."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,7 @@ B = 2
 
 @pytest.fixture(scope="module")
 def cnn(timm_cnn: nn.Module) -> TTameModel:
-    return TTameModel.from_backbone(timm_cnn)
+    return TTameModel.from_backbone(copy.deepcopy(timm_cnn))  # its memory format is changed
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """`ttame compare` on a tiny backbone: one run, a killed and resumed one, two processes, and the report's words."""
 
+import copy
 import json
 import os
 import subprocess
@@ -40,7 +41,7 @@ def pictures(photo: Callable[..., Image.Image], tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope="module")
 def model(timm_cnn: nn.Module) -> TTameModel:
-    return TTameModel.from_backbone(timm_cnn)
+    return TTameModel.from_backbone(copy.deepcopy(timm_cnn))  # its memory format is changed
 
 
 def plan(pictures: Path, **changes) -> Plan:
