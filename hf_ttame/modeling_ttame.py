@@ -362,7 +362,7 @@ class TTameModel(PreTrainedModel):
             placed, seen = place_maps(maps[row, :count], self._placement(size), tuple(self.config.image_size), *size)
             for column, class_id in enumerate(ids[row, :count].tolist()):
                 yield Explanation(
-                    map=placed[column].numpy(),
+                    map=placed[column].clamp(0, 1).numpy(),  # interpolation rounds past 1
                     seen=seen.numpy(),
                     image_index=start + row,
                     class_id=class_id,
