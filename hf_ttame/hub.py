@@ -20,7 +20,10 @@ from huggingface_hub.utils import HfHubHTTPError, RepositoryNotFoundError, valid
 from .cards import GENERATED, write_card
 from .saving import HUB_ERRORS, REMOTE_MODULE, is_local_path, patiently
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".npy")
+PICTURES = (
+    *(".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif"),
+    *(".dcm", ".nii.gz", ".nii", ".npy", ".npz"),
+)
 KINDS = ("model", "dataset", "space")
 _MODEL_FILES = re.compile(
     r"(backbone/)?(config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|"
@@ -28,12 +31,19 @@ _MODEL_FILES = re.compile(
     + re.escape(REMOTE_MODULE)
 )
 _DATASET_FILES = re.compile(r"(.+/)?[^/]+\.parquet|README\.md|LICENSE(\.\w+)?|[^/]+\.json")
+_SPACE_FILES = re.compile(r"(.+/)?([^/]+\.(py|md|txt|ya?ml|css|html|js|json|toml)|LICENSE)")
+_BINARY = (".safetensors", ".parquet", *PICTURES)
 _HIDDEN = ("__pycache__", "node_modules")
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b")
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}|\b(?:hf_oauth|hf_jwt|api_org)_[\w.-]{16,}")
 _PATH_IN_TEXT = re.compile(
-    r"(?<![\w:/.~<-])(?:/(?:home|Users|root|mnt|media|tmp|var|opt|srv|data|scratch|private|work|workspace)/[\w.-]+"
+    r"(?<![\w:/.~<-])(?:/(?:home|Users|root|mnt|media|Volumes|nfs|tmp|var|opt|srv|data|scratch|private|work|"
+    r"workspace)/[\w.-]+"
     r"|[A-Za-z]:\\\\?[\w.-]+\\|file:///?[\w.-]+)"
 )
+_PICTURE_NAME = re.compile(rf"[\w%-][\w%.+-]*(?:{'|'.join(map(re.escape, PICTURES))})(?!\w)", re.IGNORECASE)
+# What our own cards and reports call their files: no user's names.
+_OWN_PICTURES = ("photo.jpg", "photo_explained.png", "road.png", "insertion_deletion.png", "latency.png")
+_OWN_PICTURES += ("contact_sheet.jpg",)
 _LABELS = ("id2label", "label2id", "label_names")  # names of classes, not of files
 _EXAMPLE_COLUMNS = ("image", "overlay", "file_name", "filename", "file", "path", "url", "thumbnail")
 
@@ -219,9 +229,9 @@ def files_to_push(folder: Path, kind: str, include_examples: bool = False) -> tu
         if not file.is_file():
             continue
         hidden = any(part.startswith(".") or part in _HIDDEN for part in name.parts)
-        picture = file.suffix.lower() in PICTURES
-        pattern = {"model": _MODEL_FILES, "dataset": _DATASET_FILES}.get(kind)
-        wanted = pattern is None or pattern.fullmatch(name.as_posix()) is not None
+        picture = file.name.lower().endswith(PICTURES)
+        pattern = {"model": _MODEL_FILES, "dataset": _DATASET_FILES, "space": _SPACE_FILES}[kind]
+        wanted = pattern.fullmatch(name.as_posix()) is not None
         chosen = not hidden and (include_examples if picture else wanted)
         (sent if chosen else left_out).append(file)
     names = {file.relative_to(folder).as_posix() for file in sent}
@@ -255,32 +265,36 @@ def check_contents(folder: Path, files: list[Path], include_examples: bool = Fal
         name = file.relative_to(folder).as_posix()
         if file.suffix == ".parquet" and not include_examples:
             _check_columns(file, name)
-        if file.suffix not in (".json", ".md", ".txt", ".yaml", ".yml", ".csv", ".jsonl", ".py"):
+        if file.name.lower().endswith(_BINARY):
             continue
         text = file.read_text(errors="replace")
         if _TOKEN.search(text):
             raise ValueError(f"{name!r} holds an access token; remove it, and revoke it on the Hub's settings page")
-        content = _read_json(file) if file.suffix == ".json" else {}
-        if name == "report.json" and isinstance(content, dict):
-            content = {key: value for key, value in content.items() if key != "pictures"}  # the report's own plots
-        entries = list(_strings(content))
-        places = [value for _, value in entries if is_local_path(value)]
-        if file.suffix != ".py":
-            places += _PATH_IN_TEXT.findall(text)
+        # In JSON the names of classes may look like anything; everywhere else the whole text is read.
+        entries = list(_strings(_read_json(file))) if file.suffix == ".json" else [("", text)]
+        places = [value for _, value in entries if file.suffix == ".json" and is_local_path(value)]
+        places += _PATH_IN_TEXT.findall(text)
         if places:
             raise ValueError(
                 f"{name!r} holds the local path {places[0]!r}, which is nobody else's business; remove it"
             )
         if include_examples:
             continue
-        shown = next((f"{key}: {value}" for key, value in entries if value.lower().endswith(PICTURES)), None)
-        if shown:
-            raise ValueError(
-                f"{name!r} names picture files ({shown!r}), which may identify somebody; remove them, or publish them "
-                "with --include-examples"
-            )
-        if name == "README.md" and (links := _local_pictures(text)):
-            raise ValueError(f"README.md shows {links[0]!r}, which is not sent; remove it, or add --include-examples")
+        for key, value in entries:
+            if shown := _picture_names(value):
+                raise ValueError(
+                    f"{name!r} names picture files ({': '.join(filter(None, (key, shown[0])))!r}), which may identify "
+                    "somebody; remove them, or publish them with --include-examples"
+                )
+        links = _local_pictures(text) if file.suffix == ".md" else []
+        if shown := [link for link in links if name == "README.md" or link not in _OWN_PICTURES]:
+            raise ValueError(f"{name} shows {shown[0]!r}, which is not sent; remove it, or add --include-examples")
+
+
+def _picture_names(text: str) -> list[str]:
+    """Names of picture files anywhere in a text, except on web pages and those of our own cards and reports."""
+    found = _PICTURE_NAME.findall(re.sub(r"https?://[^\s)\"'>]+", "", text))
+    return [name for name in found if name not in _OWN_PICTURES]
 
 
 def _local_pictures(text: str) -> list[str]:

@@ -194,7 +194,19 @@ def test_links_are_not_followed(saved, tmp_path):
         ("training.json", {"note": f"token {TOKEN}"}, "holds an access token", True),
         ("README.md", f"my {TOKEN}", "holds an access token", True),
         ("README.md", "see /home/me/x", "local path '/home/me'", True),
-        ("README.md", "![x](patient.png)", r"shows 'patient.png', which is not sent", False),
+        ("README.md", "![x](patient.png)", r"names picture files \('patient.png'\)", False),
+        ("README.md", "![x](latency.png)", r"README.md shows 'latency.png', which is not sent", False),
+        ("report.md", "![x](patient)", r"report.md shows 'patient', which is not sent", False),
+        ("report.md", "of Smith_John.nii.gz, 3 mm", r"names picture files \('Smith_John.nii.gz'\)", False),
+        ("report.json", {"pictures": {"x": "Smith.png"}}, "names picture files .*Smith.png", False),
+        ("training.json", {"note": "'Smith.HEIC' cannot be read"}, "names picture files .*Smith.HEIC", False),
+        ("report.md", "on /Volumes/P/x", "local path '/Volumes/P'", True),
+        *(
+            (name, f"t=hf_{kind}_" + "aZ9" * 8, "holds an access token", True)
+            for name in ("LICENSE", "report.md")
+            for kind in ("oauth", "jwt")
+        ),
+        ("report.md", "api_org_" + "a" * 30, "holds an access token", True),
     ],
 )
 def test_what_must_not_be_published_is_refused(saved, file, content, message, with_examples):
@@ -233,6 +245,24 @@ def test_datasets_of_maps_without_names_of_pictures(tmp_path, columns, refused):
 def test_names_of_the_reports_own_plots_are_no_secret(saved):
     (saved / "report.json").write_text(json.dumps({"pictures": {"ROAD": "road.png"}}))
     check_contents(saved, files_to_push(saved, "model")[0])
+
+
+def test_a_space_sends_its_code_and_no_files_of_users(tmp_path):
+    (tmp_path / "README.md").write_text("---\nsdk: gradio\n---\n")
+    (tmp_path / "app.py").write_text("")
+    kept = ("x.dcm", "x.HEIC", "x.jfif", "x.avif", "x.nii.gz", "x.npz", "x.zip", "x.svg", "x.pkl", "x.ipynb", "x.csv")
+    for name in (*kept, "requirements.txt"):
+        (tmp_path / name).write_text("")
+    sent, left = files_to_push(tmp_path, detect_kind(tmp_path))
+    assert {f.name for f in sent} == {"README.md", "app.py", "requirements.txt"}
+    assert {f.name for f in left} == set(kept)
+    check_contents(tmp_path, sent)
+    for name in ("app.py", "requirements.txt"):
+        for text, message in (("open('Smith.jpg')", "Smith.jpg"), ("/home/me/x", "/home/me"), (TOKEN, "token")):
+            (tmp_path / name).write_text(text)
+            with pytest.raises(ValueError, match=message):
+                check_contents(tmp_path, sent)
+        (tmp_path / name).write_text("")
 
 
 def test_kinds(saved, tmp_path):
