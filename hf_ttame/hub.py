@@ -45,7 +45,13 @@ _PICTURE_NAME = re.compile(rf"[\w%-][\w%.+-]*(?:{'|'.join(map(re.escape, PICTURE
 _OWN_PICTURES = ("photo.jpg", "photo_explained.png", "road.png", "insertion_deletion.png", "latency.png")
 _OWN_PICTURES += ("contact_sheet.jpg",)
 _LABELS = ("id2label", "label2id", "label_names")  # names of classes, not of files
-_EXAMPLE_COLUMNS = ("image", "overlay", "file_name", "filename", "file", "path", "url", "thumbnail")
+_EXAMPLE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "photo", "picture", "overlay", "thumbnail")
+_EXAMPLE_COLUMNS += ("file_name", "filename", "file", "path", "url")
+_MAP_COLUMNS = ("map", "maps", "seen")  # ours: pictures of maps, without the photograph
+# How pictures begin: PNG, JPEG, GIF, BMP, TIFF, WebP, HEIF and AVIF, DICOM, NumPy.
+_MAGIC = re.compile(
+    rb"\x89PNG|\xff\xd8\xff|GIF8|BM|II\*\0|MM\0\*|RIFF.{4}WEBP|.{4}ftyp|.{128}DICM|\x93NUMPY", re.DOTALL
+)
 
 
 def push_model(
@@ -307,19 +313,49 @@ def _check_columns(file: Path, name: str) -> None:
     import pyarrow.parquet
 
     table = pyarrow.parquet.ParquetFile(file)
-    columns = [field.name for field in table.schema_arrow if field.name.lower() in _EXAMPLE_COLUMNS]
+    columns = []
     for field in table.schema_arrow:
-        if field.name not in columns and str(field.type) in ("string", "large_string"):
-            for batch in table.iter_batches(columns=[field.name], batch_size=4096):
-                values = (value for value in batch.column(0).to_pylist() if value)
-                if any(value.lower().endswith(PICTURES) or is_local_path(value) for value in values):
-                    columns.append(field.name)
-                    break
+        ours = field.name.lower() in _MAP_COLUMNS
+        names, leaves = _nested(field.type)
+        named = field.name.lower() in _EXAMPLE_COLUMNS or (not ours and names & {"bytes", *_EXAMPLE_COLUMNS})
+        if named or (
+            any("string" in leaf or "binary" in leaf for leaf in leaves)
+            and any(
+                _is_example(value, ours)
+                for batch in table.iter_batches(columns=[field.name], batch_size=1024)
+                for value in batch.column(0).to_pylist()
+            )
+        ):
+            columns.append(field.name)
     if columns:
         raise ValueError(
             f"{name!r} has the columns {columns} with pictures or their names, which may identify somebody; remove "
             "them, or publish them with --include-examples"
         )
+
+
+def _nested(kind: Any) -> tuple[set[str], set[str]]:
+    """Lower-case names of the fields inside an Arrow type, and its kinds of values."""
+    if hasattr(kind, "value_type") and not hasattr(kind, "item_type"):  # a list or a dictionary
+        return _nested(kind.value_type)
+    names: set[str] = set()
+    leaves: set[str] = set() if kind.num_fields else {str(kind)}
+    for child in (kind.field(i) for i in range(kind.num_fields)):
+        inner_names, inner_leaves = _nested(child.type)
+        names |= {child.name.lower()} | inner_names
+        leaves |= inner_leaves
+    return names, leaves
+
+
+def _is_example(value: Any, ours: bool) -> bool:
+    """Whether a value of a column holds a picture (other than a map of ours), or a picture's name."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return any(_is_example(entry, ours) for entry in value)
+    if isinstance(value, bytes):
+        return not ours and _MAGIC.match(value) is not None
+    return isinstance(value, str) and (is_local_path(value) or bool(_picture_names(value)))
 
 
 def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:

@@ -229,6 +229,17 @@ def test_what_must_not_be_published_is_refused(saved, file, content, message, wi
         ({"id": ["Smith_John.jpg"]}, "id"),
         ({"id": [1], "overlay": [b"x"]}, "overlay"),
         ({"id": [1], "file_name": ["x"]}, "file_name"),
+        ({"Photo": [1]}, "Photo"),
+        ({"x": [{"bytes": b"x", "path": None}]}, "x"),
+        ({"x": [[{"img": 1}]]}, "x"),
+        ({"map": [{"bytes": b"\x89PNG", "path": None}]}, None),
+        ({"map": [{"bytes": b"\x89PNG", "path": "Smith.png"}]}, "map"),
+        ({"scan": [b"\xff\xd8\xff\xe0"]}, "scan"),
+        ({"scan": [b"0" * 128 + b"DICM"]}, "scan"),
+        ({"map": [b"\x89PNG"], "score": [[0.5]]}, None),
+        ({"x": [["a", "Smith.jpg"]]}, "x"),
+        ({"x": pyarrow.array(["a", "Smith.jpg"]).dictionary_encode()}, "x"),
+        ({"x": [{"y": [None, "Smith.dcm"]}]}, "x"),
     ],
 )
 def test_datasets_of_maps_without_names_of_pictures(tmp_path, columns, refused):
