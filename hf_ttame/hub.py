@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, RepoCard
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard
 from huggingface_hub.utils import HfHubHTTPError, RepositoryNotFoundError, validate_repo_id
 
 from .cards import GENERATED, write_card
@@ -30,6 +30,7 @@ _MODEL_FILES = re.compile(
     r"preprocessor_config\.json)|README\.md|LICENSE(\.\w+)?|(report|training|card)\.json|report\.md|"
     + re.escape(REMOTE_MODULE)
 )
+_WEIGHT_FILES = re.compile(r"backbone/.+|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 _DATASET_FILES = re.compile(r"(.+/)?[^/]+\.parquet|README\.md|LICENSE(\.\w+)?|[^/]+\.json")
 _SPACE_FILES = re.compile(r"(.+/)?([^/]+\.(py|md|txt|ya?ml|css|html|js|json|toml)|LICENSE)")
 _BINARY = (".safetensors", ".parquet", *PICTURES)
@@ -132,7 +133,8 @@ def push_folder(
         say: receives each line of text.
 
     Raises:
-        ValueError: the folder is not complete, or holds what must not be published.
+        ValueError: the folder is not complete, or holds what must not be published; or the repository is public, but
+            `private` was asked for.
         ConnectionError: the Hub refused or could not be reached; the message says how to repeat.
     """
     folder = Path(folder)
@@ -158,13 +160,24 @@ def push_folder(
     api = HfApi(token=token)
     try:
         sdk = RepoCard.load(folder / "README.md").data.to_dict().get("sdk") if kind == "space" else None
-        repo_id = _create(api, repo_id, kind, private, sdk)
+        repo_id = patiently(lambda: _create(api, repo_id, kind, private, sdk))
+        if private and not patiently(lambda: api.repo_info(repo_id, repo_type=kind)).private:
+            raise ValueError(
+                f"{repo_id!r} exists already and is public, so nothing was sent; make it private in its settings, "
+                "or push to another name"
+            )
         if revision is not None and not create_pr:
-            api.create_branch(repo_id, repo_type=kind, branch=revision, exist_ok=True)
+            patiently(lambda: api.create_branch(repo_id, repo_type=kind, branch=revision, exist_ok=True))
+        stale = _stale(api, repo_id, revision, {file.relative_to(folder).as_posix() for file in sent}, kind)
+        for path in stale:
+            say(f"  {'deleted':>12s}  {path} (of an earlier push)")
         return patiently(
             lambda: api.create_commit(
                 repo_id,
-                [CommitOperationAdd(file.relative_to(folder).as_posix(), str(file)) for file in sent],
+                [
+                    *(CommitOperationAdd(file.relative_to(folder).as_posix(), str(file)) for file in sent),
+                    *(CommitOperationDelete(path) for path in stale),
+                ],
                 commit_message=commit_message or f"Upload {kind} with hf-ttame",
                 repo_type=kind,
                 revision=revision,
@@ -178,6 +191,14 @@ def push_folder(
             f"{repo_id!r} was not pushed: {_without_tokens(reason)}\nThe folder is complete; repeat with: "
             + _command(folder, repo_id, kind, include_examples, private, revision, create_pr)
         ) from None  # the chain could carry request headers
+
+
+def _stale(api: HfApi, repo_id: str, revision: str | None, sent: set[str], kind: str) -> list[str]:
+    """Weights of an earlier push under other names, which would be loaded instead of the new ones."""
+    if kind != "model":
+        return []
+    there = patiently(lambda: api.list_repo_files(repo_id, repo_type=kind, revision=revision))
+    return sorted(path for path in there if _WEIGHT_FILES.fullmatch(path) and path not in sent)
 
 
 def _create(api: HfApi, repo_id: str, kind: str, private: bool | None, sdk: str | None) -> str:

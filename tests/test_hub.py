@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -26,7 +27,7 @@ from hf_ttame import TTameModel
 from hf_ttame.cards import render_card, write_card
 from hf_ttame.cli import app
 from hf_ttame.hub import check_contents, detect_kind, files_to_push, push_folder
-from hf_ttame.saving import is_local_path, without_paths
+from hf_ttame.saving import is_local_path, patiently, without_paths
 
 ROOT = Path(__file__).parents[1]
 
@@ -356,6 +357,7 @@ def work(hub, vit_folder, tmp_path_factory) -> Path:
     module = make_timm("test_resnet")
     save_for_hf(module, work / "timm-repository", safe_serialization=True)
     hub.put("org/tiny-vit", vit_folder)
+    hub.put("org/public", {"x.txt": b"x"})
     hub.put("timm/tiny-resnet", work / "timm-repository")
     TTameModel.from_backbone(vit_folder).save_pretrained(work / "ready")
     hub.put("org/ready", work / "ready")
@@ -421,6 +423,34 @@ def test_branches_pull_requests_and_the_command(hub, pushed):
     assert "published: http" in output
     assert hub.repository("org/by-command").private
     assert hub.repository("org/by-command").messages[-1] == "From the command"
+
+
+def test_private_never_means_public(hub, pushed):
+    assert pushed["private"].startswith("ValueError: 'org/public' exists already and is public, so nothing was sent")
+    assert list(hub.files("org/public")) == ["x.txt"]
+
+
+def test_weights_of_an_earlier_push_are_deleted(hub, pushed):
+    assert sorted(hub.files("org/stale")) == sorted(hub.files("org/ttame-vit"))
+    assert any("deleted  backbone/model.safetensors (of" in line for line in pushed["lines"])
+    assert any("deleted  model-00001-of-" in line for line in pushed["lines"])
+    assert len(hub.repository("org/stale").messages) == 3
+
+
+def test_a_server_at_fault_is_asked_again(pushed):
+    assert [pushed[f"patient {n}"] for n in range(2)] == ["ok", "ok"]
+
+
+@pytest.mark.parametrize(("asked", "waited"), [("7", 7.0), ("3600", 60.0), ("", 0.5), ("Wed, 21 Oct", 0.5)])
+def test_the_servers_wait_is_kept(monkeypatch, asked, waited):
+    waits: list[float] = []
+    monkeypatch.setattr("hf_ttame.saving.time.sleep", waits.append)
+    error = OSError("busy")
+    error.response = SimpleNamespace(status_code=429, headers={"Retry-After": asked})
+    with pytest.raises(OSError, match="busy"):
+        patiently(lambda: (_ for _ in ()).throw(error))
+    assert len(waits) == 3
+    assert waits[0] == waited
 
 
 def test_pushed_datasets_and_spaces(hub, pushed):
