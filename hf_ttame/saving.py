@@ -134,11 +134,15 @@ def fetch_weights(repo_id: str, **where: Any) -> None:
     raise FileNotFoundError("it has no model.safetensors, and nothing else is opened; publish it with `ttame push`")
 
 
+class DamagedDownload(ValueError):
+    """A file in the cache is not what the Hub announced."""
+
+
 def check_download(repo_id: str, revision: str | None, cache_dir: Any = None) -> None:
     """Compare the cached files of a repository with the checksums that are their names in the cache.
 
     Raises:
-        ValueError: a file is not what the Hub announced; it is removed from the cache, and loading again fetches it.
+        DamagedDownload: a file is not what the Hub announced; it is removed from the cache, load again to fetch it.
     """
     cached = huggingface_hub.try_to_load_from_cache(repo_id, "config.json", cache_dir=cache_dir, revision=revision)
     if not isinstance(cached, str):
@@ -155,7 +159,7 @@ def check_download(repo_id: str, revision: str | None, cache_dir: Any = None) ->
         if digest.hexdigest() != blob.name:
             file.unlink()
             blob.unlink()
-            raise ValueError(
+            raise DamagedDownload(
                 f"{file.name!r} of {repo_id!r} was damaged on its way: its checksum is {digest.hexdigest()[:12]}, the "
                 f"Hub announced {blob.name[:12]}; it was removed from the cache, load again to fetch it anew"
             )

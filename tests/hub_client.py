@@ -181,7 +181,7 @@ def faults(few: bool = False) -> dict[str, Any]:
         return problem
 
     found: list[Any] = []
-    for kind, match, times in DOWNLOAD_FAULTS[: 6 if few else None]:
+    for kind, match, times in DOWNLOAD_FAULTS[: 8 if few else None]:
         cache = WORK / "caches" / str(len(table))
         ask("/_test/fault", {"kind": kind, "match": match, "times": times})
         began = time.perf_counter()
@@ -211,6 +211,8 @@ DOWNLOAD_FAULTS = [
     ("429", WEIGHTS, 1),
     ("checksum", WEIGHTS, 1),
     ("checksum", "GET /org/ttame-vit/resolve/.*config.json", 1),
+    ("checksum", "GET /org/tiny-vit/resolve/.*model.safetensors", 1),
+    ("checksum", "GET /org/tiny-vit/resolve/.*/config.json", 1),
     ("slow", WEIGHTS, 1),
     ("500", WEIGHTS, 99),
     ("500", "GET /org/tiny-vit/resolve/.*model.safetensors", 1),
