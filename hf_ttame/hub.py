@@ -43,10 +43,27 @@ _PATH_IN_TEXT = re.compile(
 )
 _PICTURE_NAME = re.compile(rf"[\w%-][\w%.+-]*(?:{'|'.join(map(re.escape, PICTURES))})(?!\w)", re.IGNORECASE)
 # What our own cards and reports call their files: no user's names.
-_OWN_PICTURES = ("photo.jpg", "photo_explained.png", "road.png", "insertion_deletion.png", "latency.png")
+_OWN_PICTURES: tuple[str, ...] = (
+    "photo.jpg",
+    "photo_explained.png",
+    "road.png",
+    "insertion_deletion.png",
+    "latency.png",
+)
 _OWN_PICTURES += ("contact_sheet.jpg",)
 _LABELS = ("id2label", "label2id", "label_names")  # names of classes, not of files
-_EXAMPLE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "photo", "picture", "overlay", "thumbnail")
+_EXAMPLE_COLUMNS: tuple[str, ...] = (
+    "image",
+    "img",
+    "jpg",
+    "jpeg",
+    "png",
+    "webp",
+    "photo",
+    "picture",
+    "overlay",
+    "thumbnail",
+)
 _EXAMPLE_COLUMNS += ("file_name", "filename", "file", "path", "url")
 _MAP_COLUMNS = ("map", "maps", "seen")  # ours: pictures of maps, without the photograph
 # How pictures begin: PNG, JPEG, GIF, BMP, TIFF, WebP, HEIF and AVIF, DICOM, NumPy.
