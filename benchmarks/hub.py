@@ -12,6 +12,7 @@ Ends in one JSON line.
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -58,6 +59,11 @@ def repository_size(model: Any, dtype: Any) -> int:
         model.save_pretrained(folder, include_backbone=False, head_dtype=dtype)
         write_card(folder, f"{ORG}/explainer")
         return sum(file.stat().st_size for file in files_to_push(Path(folder), "model")[0])
+
+
+def _portable(text: str, folder: str, url: str) -> str:
+    """Without the names of this run's folder and server, and of the site whose manual an error points to."""
+    return re.sub(r"https://\S+?/docs", "DOCS", text.replace(folder, "WORK").replace(url, "HUB"))
 
 
 def main() -> None:
@@ -167,10 +173,7 @@ def main() -> None:
             dict(
                 zip(
                     columns,
-                    [
-                        cell.replace(folder, "WORK").replace(hub.url, "HUB") if isinstance(cell, str) else cell
-                        for cell in row
-                    ],
+                    [_portable(cell, folder, hub.url) if isinstance(cell, str) else cell for cell in row],
                     strict=True,
                 )
             )

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 from .image_processing import measure_normalisation, processor_from_timm
-from .saving import patiently, resolve_commit
+from .saving import DamagedDownload, check_download, patiently, resolve_commit
 
 # Image classifiers of transformers that cannot be explained by a map, by model type.
 _WITHOUT_MAPS = {
@@ -43,6 +43,7 @@ def load_backbone(
     dtype: Any = torch.float32,
     subfolder: str = "",
     attn_implementation: str | None = None,
+    only_hub: bool = False,
     **hub_kwargs: Any,
 ) -> Backbone:
     """Load a classifier with its weights.
@@ -55,6 +56,7 @@ def load_backbone(
         dtype: of the weights.
         subfolder: where in the folder or repository the classifier lies.
         attn_implementation: "eager", "sdpa", ... of a transformers classifier; None: its default.
+        only_hub: `name` comes from somebody's config: a Hub id, never a folder, and its weights are safetensors.
         **hub_kwargs: token, cache_dir, local_files_only.
 
     Raises:
@@ -64,6 +66,11 @@ def load_backbone(
         return _random_timm(name, processor)
     folder = Path(name, subfolder)
     local = Path(name).is_dir()
+    if only_hub and Path(name).exists():
+        raise ValueError(
+            f"the explainer's backbone is the Hub id {name!r}, but the working directory holds a path of that name, "
+            "which would be loaded instead; change the directory, or pass backbone=FOLDER"
+        )
     if local and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
         raise ValueError(f"{str(folder)!r} holds no weights; a model folder has config.json and model.safetensors")
     if not local and "/" not in name:
@@ -72,6 +79,7 @@ def load_backbone(
             "for a timm architecture without weights pass pretrained=False"
         )
     where = {"revision": revision, "subfolder": subfolder, "trust_remote_code": False, **hub_kwargs}
+    safetensors = {"use_safetensors": True} if only_hub else {}
     attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
         config = AutoConfig.from_pretrained(name, **where)
@@ -80,12 +88,16 @@ def load_backbone(
             config.model_args.pop("num_classes", None)  # repeated by some timm repositories
         model, info = patiently(
             lambda: AutoModelForImageClassification.from_pretrained(
-                name, config=config, dtype=dtype, output_loading_info=True, **attention, **where
+                name, config=config, dtype=dtype, output_loading_info=True, **safetensors, **attention, **where
             )
         )
+        if not local:
+            check_download(name, revision, hub_kwargs.get("cache_dir"))
     except (OSError, RuntimeError, SafetensorError) as error:
+        if not local:
+            check_download(name, revision, hub_kwargs.get("cache_dir"))
         raise ValueError(f"the backbone {name!r} cannot be loaded: {error}") from error
-    except NoMaps:
+    except (NoMaps, DamagedDownload):
         raise
     except (ValueError, ImportError) as error:
         raise ValueError(f"{name!r} is not an image classifier that transformers or timm can load: {error}") from error

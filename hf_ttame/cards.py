@@ -7,6 +7,7 @@ text from those files is escaped: it may come from anybody.
 
 import html
 import json
+import math
 import os
 import re
 import string
@@ -206,7 +207,7 @@ def _results(report: Mapping[str, Any]) -> list[EvalResult] | None:
             metric_value=value,
         )
         for measure, value in report["methods"][method].items()
-        if isinstance(value, (int, float))
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     ]
 
 
@@ -245,11 +246,7 @@ def _normalised(report: Any) -> dict[str, Any] | None:
 def _own_method(report: Mapping[str, Any]) -> str | None:
     """The method of the report that is this explainer's map."""
     methods = report["methods"]
-    wanted = f"ttame {report.get('map_scaling')}"
-    found = (
-        [wanted] if wanted in methods else [m for m in methods if re.sub("[^a-z]", "", m.lower()).startswith("ttame")]
-    )
-    return found[0] if found else None
+    return next((name for name in (f"ttame {report.get('map_scaling')}", "ttame") if name in methods), None)
 
 
 def _summary(config: TTameConfig, own: Mapping[str, Any], name: str) -> str:
@@ -269,7 +266,8 @@ def _facts(folder: Path, config: TTameConfig) -> dict[str, str]:
     if config.backbone is not None:
         commit = config.backbone_revision or ""
         pinned = code(commit) if re.fullmatch(r"[0-9a-f]{40}", commit) else NOT_RECORDED
-        backbone = f"{code(config.backbone)}, commit {pinned}; loaded from the Hub, only the head lies here"
+        where = "included" if config.backbone_included else "loaded from the Hub, only the head lies here"
+        backbone = f"{code(config.backbone)}, commit {pinned}; {where}"
     else:
         backbone = code(_architecture(config)) + (", included" if config.backbone_included else ", not included")
     channels = [layer["channels"] for layer in config.feature_layers]
@@ -308,7 +306,8 @@ def _usage(config: TTameConfig, own: Mapping[str, Any], repo_id: str | None) -> 
 
 
 def _number(value: Any, digits: int = 1) -> str:
-    return f"{value:.{digits}f}" if isinstance(value, (int, float)) and not isinstance(value, bool) else NOT_MEASURED
+    known = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return f"{value:.{digits}f}" if known else NOT_MEASURED
 
 
 def _figures(own: Mapping[str, Any], report: Any) -> str:
@@ -438,7 +437,18 @@ def _dataset(training: Any) -> str:
     name = (training or {}).get("dataset")
     if not name:
         return NOT_RECORDED
-    return name if "/" in name and not is_local_path(name) else f"a folder of pictures ({Path(name).name})"
+    return name if _is_hub_id(name) else "a local folder"
+
+
+def _is_hub_id(name: Any) -> bool:
+    """Whether a data set's name can be shown: "organisation/name", and no place on this machine."""
+    parts = name.split("/") if isinstance(name, str) else []
+    return (
+        len(parts) == 2
+        and all(re.fullmatch(r"[\w.-]*\w[\w.-]*", part) for part in parts)
+        and not is_local_path(name)
+        and not Path(name).exists()
+    )
 
 
 def _limits(config: TTameConfig, own: Mapping[str, Any], report: Any) -> list[str]:

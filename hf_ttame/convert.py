@@ -90,6 +90,8 @@ def convert_reference_checkpoint(
     """
     checkpoint = _load(Path(path))
     state, settings = checkpoint["state_dict"], checkpoint.get("hyper_parameters") or {}
+    if not isinstance(settings, Mapping):
+        raise ValueError(f"hyper_parameters of {str(path)!r} must be a dict, got {type(settings).__name__}")
     head = {match[1]: tensor for key, tensor in state.items() if (match := _HEAD.fullmatch(key))}
     prefix = next((prefix for prefix in _BODIES if any(key.startswith(prefix) for key in state)), None)
     if not head or prefix is None:
@@ -97,6 +99,8 @@ def convert_reference_checkpoint(
             f"{str(path)!r} is no T-TAME checkpoint: it needs weights under generic.attn_mech. and generic.body., got "
             f"{sorted({'.'.join(key.split('.')[:2]) for key in state})[:6]}"
         )
+    if "fuser.weight" not in head:
+        raise ValueError(f"the head in {str(path)!r} lacks fuser.weight; it is not a whole checkpoint")
     body = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
     name, architecture = _find_architecture(body, settings)
     layers = _layer_names(settings.get("layers"), architecture)

@@ -14,28 +14,62 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, RepoCard
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard
 from huggingface_hub.utils import HfHubHTTPError, RepositoryNotFoundError, validate_repo_id
 
 from .cards import GENERATED, write_card
 from .saving import HUB_ERRORS, REMOTE_MODULE, is_local_path, patiently
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".npy")
+PICTURES = (
+    *(".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif"),
+    *(".dcm", ".nii.gz", ".nii", ".npy", ".npz"),
+)
 KINDS = ("model", "dataset", "space")
 _MODEL_FILES = re.compile(
     r"(backbone/)?(config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|"
     r"preprocessor_config\.json)|README\.md|LICENSE(\.\w+)?|(report|training|card)\.json|report\.md|"
     + re.escape(REMOTE_MODULE)
 )
+_WEIGHT_FILES = re.compile(r"backbone/.+|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 _DATASET_FILES = re.compile(r"(.+/)?[^/]+\.parquet|README\.md|LICENSE(\.\w+)?|[^/]+\.json")
+_SPACE_FILES = re.compile(r"(.+/)?([^/]+\.(py|md|txt|ya?ml|css|html|js|json|toml)|LICENSE)")
+_BINARY = (".safetensors", ".parquet", *PICTURES)
 _HIDDEN = ("__pycache__", "node_modules")
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b")
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}|\b(?:hf_oauth|hf_jwt|api_org)_[\w.-]{16,}")
 _PATH_IN_TEXT = re.compile(
-    r"(?<![\w:/.~<-])(?:/(?:home|Users|root|mnt|media|tmp|var|opt|srv|data|scratch|private|work|workspace)/[\w.-]+"
+    r"(?<![\w:/.~<-])(?:/(?:home|Users|root|mnt|media|Volumes|nfs|tmp|var|opt|srv|data|scratch|private|work|"
+    r"workspace)/[\w.-]+"
     r"|[A-Za-z]:\\\\?[\w.-]+\\|file:///?[\w.-]+)"
 )
+_PICTURE_NAME = re.compile(rf"[\w%-][\w%.+-]*(?:{'|'.join(map(re.escape, PICTURES))})(?!\w)", re.IGNORECASE)
+# What our own cards and reports call their files: no user's names.
+_OWN_PICTURES: tuple[str, ...] = (
+    "photo.jpg",
+    "photo_explained.png",
+    "road.png",
+    "insertion_deletion.png",
+    "latency.png",
+)
+_OWN_PICTURES += ("contact_sheet.jpg",)
 _LABELS = ("id2label", "label2id", "label_names")  # names of classes, not of files
-_EXAMPLE_COLUMNS = ("image", "overlay", "file_name", "filename", "file", "path", "url", "thumbnail")
+_EXAMPLE_COLUMNS: tuple[str, ...] = (
+    "image",
+    "img",
+    "jpg",
+    "jpeg",
+    "png",
+    "webp",
+    "photo",
+    "picture",
+    "overlay",
+    "thumbnail",
+)
+_EXAMPLE_COLUMNS += ("file_name", "filename", "file", "path", "url")
+_MAP_COLUMNS = ("map", "maps", "seen")  # ours: pictures of maps, without the photograph
+# How pictures begin: PNG, JPEG, GIF, BMP, TIFF, WebP, HEIF and AVIF, DICOM, NumPy.
+_MAGIC = re.compile(
+    rb"\x89PNG|\xff\xd8\xff|GIF8|BM|II\*\0|MM\0\*|RIFF.{4}WEBP|.{4}ftyp|.{128}DICM|\x93NUMPY", re.DOTALL
+)
 
 
 def push_model(
@@ -116,7 +150,8 @@ def push_folder(
         say: receives each line of text.
 
     Raises:
-        ValueError: the folder is not complete, or holds what must not be published.
+        ValueError: the folder is not complete, or holds what must not be published; or the repository is public, but
+            `private` was asked for.
         ConnectionError: the Hub refused or could not be reached; the message says how to repeat.
     """
     folder = Path(folder)
@@ -142,13 +177,24 @@ def push_folder(
     api = HfApi(token=token)
     try:
         sdk = RepoCard.load(folder / "README.md").data.to_dict().get("sdk") if kind == "space" else None
-        repo_id = _create(api, repo_id, kind, private, sdk)
+        repo_id = patiently(lambda: _create(api, repo_id, kind, private, sdk))
+        if private and not patiently(lambda: api.repo_info(repo_id, repo_type=kind)).private:
+            raise ValueError(
+                f"{repo_id!r} exists already and is public, so nothing was sent; make it private in its settings, "
+                "or push to another name"
+            )
         if revision is not None and not create_pr:
-            api.create_branch(repo_id, repo_type=kind, branch=revision, exist_ok=True)
+            patiently(lambda: api.create_branch(repo_id, repo_type=kind, branch=revision, exist_ok=True))
+        stale = _stale(api, repo_id, revision, {file.relative_to(folder).as_posix() for file in sent}, kind)
+        for path in stale:
+            say(f"  {'deleted':>12s}  {path} (of an earlier push)")
         return patiently(
             lambda: api.create_commit(
                 repo_id,
-                [CommitOperationAdd(file.relative_to(folder).as_posix(), str(file)) for file in sent],
+                [
+                    *(CommitOperationAdd(file.relative_to(folder).as_posix(), str(file)) for file in sent),
+                    *(CommitOperationDelete(path) for path in stale),
+                ],
                 commit_message=commit_message or f"Upload {kind} with hf-ttame",
                 repo_type=kind,
                 revision=revision,
@@ -162,6 +208,14 @@ def push_folder(
             f"{repo_id!r} was not pushed: {_without_tokens(reason)}\nThe folder is complete; repeat with: "
             + _command(folder, repo_id, kind, include_examples, private, revision, create_pr)
         ) from None  # the chain could carry request headers
+
+
+def _stale(api: HfApi, repo_id: str, revision: str | None, sent: set[str], kind: str) -> list[str]:
+    """Weights of an earlier push under other names, which would be loaded instead of the new ones."""
+    if kind != "model":
+        return []
+    there = patiently(lambda: api.list_repo_files(repo_id, repo_type=kind, revision=revision))
+    return sorted(path for path in there if _WEIGHT_FILES.fullmatch(path) and path not in sent)
 
 
 def _create(api: HfApi, repo_id: str, kind: str, private: bool | None, sdk: str | None) -> str:
@@ -219,9 +273,9 @@ def files_to_push(folder: Path, kind: str, include_examples: bool = False) -> tu
         if not file.is_file():
             continue
         hidden = any(part.startswith(".") or part in _HIDDEN for part in name.parts)
-        picture = file.suffix.lower() in PICTURES
-        pattern = {"model": _MODEL_FILES, "dataset": _DATASET_FILES}.get(kind)
-        wanted = pattern is None or pattern.fullmatch(name.as_posix()) is not None
+        picture = file.name.lower().endswith(PICTURES)
+        pattern = {"model": _MODEL_FILES, "dataset": _DATASET_FILES, "space": _SPACE_FILES}[kind]
+        wanted = pattern.fullmatch(name.as_posix()) is not None
         chosen = not hidden and (include_examples if picture else wanted)
         (sent if chosen else left_out).append(file)
     names = {file.relative_to(folder).as_posix() for file in sent}
@@ -255,32 +309,36 @@ def check_contents(folder: Path, files: list[Path], include_examples: bool = Fal
         name = file.relative_to(folder).as_posix()
         if file.suffix == ".parquet" and not include_examples:
             _check_columns(file, name)
-        if file.suffix not in (".json", ".md", ".txt", ".yaml", ".yml", ".csv", ".jsonl", ".py"):
+        if file.name.lower().endswith(_BINARY):
             continue
         text = file.read_text(errors="replace")
         if _TOKEN.search(text):
             raise ValueError(f"{name!r} holds an access token; remove it, and revoke it on the Hub's settings page")
-        content = _read_json(file) if file.suffix == ".json" else {}
-        if name == "report.json" and isinstance(content, dict):
-            content = {key: value for key, value in content.items() if key != "pictures"}  # the report's own plots
-        entries = list(_strings(content))
-        places = [value for _, value in entries if is_local_path(value)]
-        if file.suffix != ".py":
-            places += _PATH_IN_TEXT.findall(text)
+        # In JSON the names of classes may look like anything; everywhere else the whole text is read.
+        entries = list(_strings(_read_json(file))) if file.suffix == ".json" else [("", text)]
+        places = [value for _, value in entries if file.suffix == ".json" and is_local_path(value)]
+        places += _PATH_IN_TEXT.findall(text)
         if places:
             raise ValueError(
                 f"{name!r} holds the local path {places[0]!r}, which is nobody else's business; remove it"
             )
         if include_examples:
             continue
-        shown = next((f"{key}: {value}" for key, value in entries if value.lower().endswith(PICTURES)), None)
-        if shown:
-            raise ValueError(
-                f"{name!r} names picture files ({shown!r}), which may identify somebody; remove them, or publish them "
-                "with --include-examples"
-            )
-        if name == "README.md" and (links := _local_pictures(text)):
-            raise ValueError(f"README.md shows {links[0]!r}, which is not sent; remove it, or add --include-examples")
+        for key, value in entries:
+            if shown := _picture_names(value):
+                raise ValueError(
+                    f"{name!r} names picture files ({': '.join(filter(None, (key, shown[0])))!r}), which may identify "
+                    "somebody; remove them, or publish them with --include-examples"
+                )
+        links = _local_pictures(text) if file.suffix == ".md" else []
+        if shown := [link for link in links if name == "README.md" or link not in _OWN_PICTURES]:
+            raise ValueError(f"{name} shows {shown[0]!r}, which is not sent; remove it, or add --include-examples")
+
+
+def _picture_names(text: str) -> list[str]:
+    """Names of picture files anywhere in a text, except on web pages and those of our own cards and reports."""
+    found = _PICTURE_NAME.findall(re.sub(r"https?://[^\s)\"'>]+", "", text))
+    return [name for name in found if name not in _OWN_PICTURES]
 
 
 def _local_pictures(text: str) -> list[str]:
@@ -293,19 +351,49 @@ def _check_columns(file: Path, name: str) -> None:
     import pyarrow.parquet
 
     table = pyarrow.parquet.ParquetFile(file)
-    columns = [field.name for field in table.schema_arrow if field.name.lower() in _EXAMPLE_COLUMNS]
+    columns = []
     for field in table.schema_arrow:
-        if field.name not in columns and str(field.type) in ("string", "large_string"):
-            for batch in table.iter_batches(columns=[field.name], batch_size=4096):
-                values = (value for value in batch.column(0).to_pylist() if value)
-                if any(value.lower().endswith(PICTURES) or is_local_path(value) for value in values):
-                    columns.append(field.name)
-                    break
+        ours = field.name.lower() in _MAP_COLUMNS
+        names, leaves = _nested(field.type)
+        named = field.name.lower() in _EXAMPLE_COLUMNS or (not ours and names & {"bytes", *_EXAMPLE_COLUMNS})
+        if named or (
+            any("string" in leaf or "binary" in leaf for leaf in leaves)
+            and any(
+                _is_example(value, ours)
+                for batch in table.iter_batches(columns=[field.name], batch_size=1024)
+                for value in batch.column(0).to_pylist()
+            )
+        ):
+            columns.append(field.name)
     if columns:
         raise ValueError(
             f"{name!r} has the columns {columns} with pictures or their names, which may identify somebody; remove "
             "them, or publish them with --include-examples"
         )
+
+
+def _nested(kind: Any) -> tuple[set[str], set[str]]:
+    """Lower-case names of the fields inside an Arrow type, and its kinds of values."""
+    if hasattr(kind, "value_type") and not hasattr(kind, "item_type"):  # a list or a dictionary
+        return _nested(kind.value_type)
+    names: set[str] = set()
+    leaves: set[str] = set() if kind.num_fields else {str(kind)}
+    for child in (kind.field(i) for i in range(kind.num_fields)):
+        inner_names, inner_leaves = _nested(child.type)
+        names |= {child.name.lower()} | inner_names
+        leaves |= inner_leaves
+    return names, leaves
+
+
+def _is_example(value: Any, ours: bool) -> bool:
+    """Whether a value of a column holds a picture (other than a map of ours), or a picture's name."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return any(_is_example(entry, ours) for entry in value)
+    if isinstance(value, bytes):
+        return not ours and _MAGIC.match(value) is not None
+    return isinstance(value, str) and (is_local_path(value) or bool(_picture_names(value)))
 
 
 def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:

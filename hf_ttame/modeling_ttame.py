@@ -3,6 +3,7 @@
 import copy
 import difflib
 import os
+import re
 import tempfile
 import threading
 import warnings
@@ -550,7 +551,9 @@ class TTameModel(PreTrainedModel):
         source = os.fspath(pretrained_model_name_or_path)
         if kwargs.get("dtype") in (None, "auto"):
             kwargs["dtype"] = torch.float32  # a head stored in float16 computes in float32
-        kwargs["use_safetensors"] = True  # a pickle is never opened
+        kwargs["use_safetensors"] = (
+            True  # of the head; transformers opens a user's own .bin backbone with weights_only
+        )
         hub_kwargs: dict[str, Any] = {
             key: kwargs[key] for key in ("token", "cache_dir", "local_files_only") if key in kwargs
         }
@@ -588,7 +591,13 @@ class TTameModel(PreTrainedModel):
         config = self.config
         own = {**hub_kwargs, "revision": revision}  # the explainer's revision says nothing about the backbone's
         here = {key: value for key, value in own.items() if key != "attn_implementation"}
-        processor = AutoImageProcessor.from_pretrained(source, backend=config.processor_backend, **here)
+        processor = AutoImageProcessor.from_pretrained(
+            source, backend=config.processor_backend, trust_remote_code=False, **here
+        )
+        # The backbone is compared in the dtype of its fingerprint, then cast.
+        wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        dtype = getattr(torch, str(config.backbone_fingerprint).split(":")[0], wanted)
+        dtype = dtype if isinstance(dtype, torch.dtype) else wanted
         if isinstance(backbone, nn.Module):
             found = wrap_backbone(backbone, processor)
         elif backbone is not None:
@@ -596,9 +605,18 @@ class TTameModel(PreTrainedModel):
         elif config.backbone_included:
             found = load_backbone(source, processor=processor, dtype=dtype, subfolder="backbone", **own)
         elif config.backbone is not None:
-            validate_repo_id(config.backbone)  # a config may come from anybody: no path
+            validate_repo_id(config.backbone)  # a config may come from anybody: no path, no revision that is one
+            if config.backbone_revision and not re.fullmatch(r"[0-9a-f]{40}", config.backbone_revision):
+                raise ValueError(
+                    f"backbone_revision must be a commit of 40 hex digits, got {config.backbone_revision!r}"
+                )
             found = load_backbone(
-                config.backbone, processor=processor, dtype=dtype, revision=config.backbone_revision, **hub_kwargs
+                config.backbone,
+                processor=processor,
+                dtype=dtype,
+                revision=config.backbone_revision,
+                only_hub=True,
+                **hub_kwargs,
             )
         else:
             raise ValueError(
@@ -608,6 +626,8 @@ class TTameModel(PreTrainedModel):
         self._check_backbone(found, strict)
         if backbone is not None:
             self._record_backbone(found)
+        if not isinstance(backbone, nn.Module):
+            found.model.to(wanted)
         self._attach(found.model, processor)
         found.model.to(self.device)
 
@@ -623,15 +643,22 @@ class TTameModel(PreTrainedModel):
         recorded, actual = self.config.backbone_fingerprint, fingerprint(found.model)
         if recorded != actual:
             self._check_layers(found)
+        if recorded == actual:
+            return
         # Values are comparable only in the dtype in which they were recorded.
-        if recorded and recorded != actual and recorded.split(":")[0] == actual.split(":")[0]:
+        if not recorded or recorded.split(":")[0] != actual.split(":")[0]:
+            message = (
+                f"whether the backbone's weights (fingerprint {actual}) are those of the training is not known "
+                f"(recorded: {recorded}); load it in the dtype of the record"
+            )
+        else:
             message = (
                 f"the backbone's weights (fingerprint {actual}) are not those the head was trained on ({recorded}); "
                 "its maps may be wrong; pass the original backbone"
             )
-            if strict:
-                raise ValueError(message)
-            warnings.warn(message, stacklevel=4)
+        if strict:
+            raise ValueError(message)
+        warnings.warn(message, stacklevel=4)
 
     def _check_layers(self, found: Backbone) -> None:
         """Raise ValueError where a tapped layer has other channels, or another grid, than the head reads."""

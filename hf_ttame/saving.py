@@ -21,7 +21,7 @@ _REMOTE_CODE = "from hf_ttame import TTameConfig, TTameModel  # pip install hf-t
 _AUTO_MAP = {"AutoConfig": "TTameConfig", "AutoModel": "TTameModel", "AutoModelForImageClassification": "TTameModel"}
 # What the Hub's client raises; its HTTP library, whose errors it lets through, is not the same in all its versions.
 HUB_ERRORS: tuple[type[Exception], ...] = (HfHubHTTPError, *HfHubHTTPError.__bases__, OSError, RuntimeError)
-_TRIES, _WAIT = 4, 0.5  # seconds, doubled after every try
+_TRIES, _WAIT, _LONGEST_WAIT = 4, 0.5, 60.0  # seconds; the wait is doubled after every try
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 _Result = TypeVar("_Result")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -81,19 +81,23 @@ def resolve_commit(repo_id: str, revision: str | None, **hub_kwargs: Any) -> str
 
 
 def patiently(action: Callable[[], _Result]) -> _Result:
-    """Do it again where the server was at fault (429, 5xx): the client retries most requests itself, but not all."""
+    """Do it again where the server was at fault (429, 5xx): the client retries most requests itself, but not all.
+
+    A wait that the server asks for (Retry-After, in seconds) is kept, up to a minute.
+    """
     for attempt in range(_TRIES):
         try:
             return action()
         except (OSError, RuntimeError) as error:
-            status: int | None = None
+            response: Any = None
             cause: BaseException | None = error
-            while cause is not None and status is None:
-                status = getattr(getattr(cause, "response", None), "status_code", None)
+            while cause is not None and response is None:
+                response = getattr(cause, "response", None)
                 cause = cause.__cause__ or cause.__context__
-            if status not in _TRANSIENT or attempt + 1 == _TRIES:
+            if getattr(response, "status_code", None) not in _TRANSIENT or attempt + 1 == _TRIES:
                 raise
-            time.sleep(_WAIT * 2**attempt)
+            asked = str(response.headers.get("Retry-After", ""))
+            time.sleep(max(_WAIT * 2**attempt, min(float(asked), _LONGEST_WAIT) if asked.isdecimal() else 0.0))
     raise AssertionError("the last try returns or raises")
 
 
@@ -130,11 +134,15 @@ def fetch_weights(repo_id: str, **where: Any) -> None:
     raise FileNotFoundError("it has no model.safetensors, and nothing else is opened; publish it with `ttame push`")
 
 
+class DamagedDownload(ValueError):
+    """A file in the cache is not what the Hub announced."""
+
+
 def check_download(repo_id: str, revision: str | None, cache_dir: Any = None) -> None:
     """Compare the cached files of a repository with the checksums that are their names in the cache.
 
     Raises:
-        ValueError: a file is not what the Hub announced; it is removed from the cache, and loading again fetches it.
+        DamagedDownload: a file is not what the Hub announced; it is removed from the cache, load again to fetch it.
     """
     cached = huggingface_hub.try_to_load_from_cache(repo_id, "config.json", cache_dir=cache_dir, revision=revision)
     if not isinstance(cached, str):
@@ -151,7 +159,7 @@ def check_download(repo_id: str, revision: str | None, cache_dir: Any = None) ->
         if digest.hexdigest() != blob.name:
             file.unlink()
             blob.unlink()
-            raise ValueError(
+            raise DamagedDownload(
                 f"{file.name!r} of {repo_id!r} was damaged on its way: its checksum is {digest.hexdigest()[:12]}, the "
                 f"Hub announced {blob.name[:12]}; it was removed from the cache, load again to fetch it anew"
             )

@@ -79,7 +79,7 @@ def push() -> dict[str, Any]:
         found[f"commit {name}"] = info.oid
         model.save_pretrained(WORK / name)
         if name == "vit":
-            model.save_pretrained(WORK / "whole", include_backbone=True)
+            model.save_pretrained(WORK / "whole", include_backbone=True, max_shard_size="5KB")
             model.push_to_hub("org/ttame-whole", include_backbone=True, head_dtype=torch.float16, say=say)
             model.push_to_hub("org/ttame-vit", revision="v2", say=say)
             found["pr"] = model.push_to_hub("org/ttame-vit", create_pr=True, say=say).pr_url
@@ -95,6 +95,15 @@ def push() -> dict[str, Any]:
     command = ["push", str(WORK / "vit"), "org/by-command", "--private", "--message", "From the command"]
     done = CliRunner().invoke(app, command)
     found["command"] = [done.exit_code, done.output]
+    for n, (kind, match) in enumerate([("500", "POST /api/repos/create"), ("429", "POST .*/branch/")]):
+        ask("/_test/fault", {"kind": kind, "match": match, "times": 1})
+        found[f"patient {n}"] = outcome(
+            lambda: push_folder(WORK / "vit", f"org/patient-{n}", revision="b", say=say)  # noqa: B023
+        )
+        ask("/_test/fault", {})
+    found["private"] = outcome(lambda: push_folder(WORK / "vit", "org/public", private=True, say=say))
+    push_folder(WORK / "whole", "org/stale", say=say)
+    push_folder(WORK / "vit", "org/stale", say=say)
     found["dataset"] = push_folder(WORK / "maps", "org/maps", say=say).oid
     found["space"] = push_folder(WORK / "space", "org/space", say=say).oid
     return found
@@ -172,7 +181,7 @@ def faults(few: bool = False) -> dict[str, Any]:
         return problem
 
     found: list[Any] = []
-    for kind, match, times in DOWNLOAD_FAULTS[: 6 if few else None]:
+    for kind, match, times in DOWNLOAD_FAULTS[: 8 if few else None]:
         cache = WORK / "caches" / str(len(table))
         ask("/_test/fault", {"kind": kind, "match": match, "times": times})
         began = time.perf_counter()
@@ -202,6 +211,8 @@ DOWNLOAD_FAULTS = [
     ("429", WEIGHTS, 1),
     ("checksum", WEIGHTS, 1),
     ("checksum", "GET /org/ttame-vit/resolve/.*config.json", 1),
+    ("checksum", "GET /org/tiny-vit/resolve/.*model.safetensors", 1),
+    ("checksum", "GET /org/tiny-vit/resolve/.*/config.json", 1),
     ("slow", WEIGHTS, 1),
     ("500", WEIGHTS, 99),
     ("500", "GET /org/tiny-vit/resolve/.*model.safetensors", 1),

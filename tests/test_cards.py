@@ -95,7 +95,7 @@ def test_training_record_and_report(folder, tmp_path):
         json.dumps({"dataset": "org/pictures", "steps": 77, "last": {"total": 1.5}})
     )
     (tmp_path / "x/report.json").write_text(
-        json.dumps({"images": 12, "dataset": "d", "methods": {"T-TAME": {"AD soft 50": 20.25}, "rise": {}}})
+        json.dumps({"images": 12, "dataset": "d", "methods": {"ttame": {"AD soft 50": 20.25}, "rise": {}}})
     )
     card = render_card(tmp_path / "x")
     assert "- Data: org/pictures" in card
@@ -134,6 +134,29 @@ def test_a_report_of_ttame_compare(folder, tmp_path):
     assert "| ttame | 1.0 | 0.0 | 12.2 |" in card
     assert "- randomised: 0.5, must be &lt; 0.3: **not passed**" in card
     assert {r.metric_type: r.metric_value for r in ModelCard(card).data.eval_results}["ad_soft_50"] == 30.125
+
+
+@pytest.mark.parametrize("name", ["data/patients/Smith", "/home/me/Smith", "C:\\me\\Smith", "../Smith", "Smith", 3])
+def test_the_name_of_a_folder_of_pictures_is_not_shown(folder, tmp_path, name):
+    shutil.copytree(folder, tmp_path / "x")
+    (tmp_path / "x/training.json").write_text(json.dumps({"dataset": name}))
+    assert "- Data: a local folder\n" in render_card(tmp_path / "x")
+
+
+def test_only_numbers_of_this_explainer_are_its_figures(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "x")
+    config = json.loads((tmp_path / "x/config.json").read_text())
+    (tmp_path / "x/config.json").write_text(json.dumps({**config, "backbone": "org/vit"}))
+    own = {"AD soft 50": 1.5, "IC soft 50": float("nan"), "ok": True}
+    report = {"methods": {"ttame random": {"AD soft 50": 99.0}, "ttame": own}}
+    (tmp_path / "x/report.json").write_text(json.dumps(report))
+    card = render_card(tmp_path / "x")
+    assert [result.metric_value for result in ModelCard(card).data.eval_results] == [1.5]
+    assert "1.5 / not measured" in card
+    assert "**ttame (this explainer)**" in card
+    assert "; included |" in card
+    (tmp_path / "x/report.json").write_text(json.dumps({"methods": {"ttame random": {"AD soft 50": 99.0}}}))
+    assert "(this explainer)" not in render_card(tmp_path / "x")
 
 
 HOSTILE = "x](http://evil) <script>alert(1)</script> | `rm -rf` \n# Heading ![p](http://evil/p.png) ---\nlicense: mit"

@@ -243,3 +243,19 @@ def test_files_that_do_not_fit(resnet, change, message):
     torch.save({"state_dict": state, "hyper_parameters": settings}, folder / "bad.ckpt")
     with pytest.raises(ValueError, match=message):
         convert_reference_checkpoint(folder / "bad.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("key", "settings", "message"),
+    [
+        ("fuser", [1], "hyper_parameters of .* must be a dict, got list"),
+        ("fuser", "x", "hyper_parameters of .* must be a dict, got str"),
+        ("convs.0", {"layers": ["layer4"]}, "lacks fuser.weight"),
+    ],
+)
+def test_settings_of_a_wrong_type_and_a_missing_fuser(tmp_path, key, settings, message):
+    names = (f"generic.attn_mech.{key}.weight", "generic.body.layer4.2.conv3.weight")
+    state = {name: torch.zeros(1) for name in names}
+    torch.save({"state_dict": state, "hyper_parameters": settings}, tmp_path / "c.ckpt")
+    with pytest.raises(ValueError, match=message):
+        convert_reference_checkpoint(tmp_path / "c.ckpt")

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -26,7 +27,7 @@ from hf_ttame import TTameModel
 from hf_ttame.cards import render_card, write_card
 from hf_ttame.cli import app
 from hf_ttame.hub import check_contents, detect_kind, files_to_push, push_folder
-from hf_ttame.saving import is_local_path, without_paths
+from hf_ttame.saving import is_local_path, patiently, without_paths
 
 ROOT = Path(__file__).parents[1]
 
@@ -75,6 +76,48 @@ def test_saving_after_an_override_names_the_backbone_in_use(vit, vit_folder, tmp
     # The same weights from another place are still the recorded ones.
     same = TTameModel.from_pretrained(tmp_path / "first", backbone=vit_folder)
     assert (same.config.backbone, same.config.backbone_revision) == ("org/first", "a" * 40)
+
+
+def test_strict_in_another_dtype_and_without_a_record(vit, vit_folder, tmp_path):
+    vit.save_pretrained(tmp_path / "x", include_backbone=False)
+    same = TTameModel.from_pretrained(tmp_path / "x", backbone=vit_folder, strict=True, dtype=torch.bfloat16)
+    assert {p.dtype for p in same.parameters()} == {torch.bfloat16}
+    make_vit(seed=1).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="are not those the head was trained on"):
+        TTameModel.from_pretrained(tmp_path / "x", backbone=tmp_path / "other", strict=True, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="is not known"):
+        TTameModel.from_pretrained(tmp_path / "x", backbone=make_vit().to(torch.bfloat16), strict=True)
+    config = json.loads((tmp_path / "x/config.json").read_text())
+    (tmp_path / "x/config.json").write_text(json.dumps({**config, "backbone_fingerprint": None}))
+    with pytest.raises(ValueError, match=r"is not known \(recorded: None\)"):
+        TTameModel.from_pretrained(tmp_path / "x", backbone=make_vit(), strict=True)
+    with pytest.warns(UserWarning, match=r"is not known \(recorded: None\)"):
+        TTameModel.from_pretrained(tmp_path / "x", backbone=make_vit())
+
+
+def test_a_config_names_no_folder_and_no_path_as_revision(vit, vit_folder, tmp_path, monkeypatch):
+    vit.config.backbone, vit.config.backbone_revision = "org/vit", "a" * 40
+    vit.save_pretrained(tmp_path / "x", include_backbone=False)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(vit_folder, tmp_path / "org" / "vit")
+    with pytest.raises(ValueError, match=r"Hub id 'org/vit', but the working directory holds a path"):
+        TTameModel.from_pretrained(tmp_path / "x")
+    shutil.rmtree(tmp_path / "org")
+    config = json.loads((tmp_path / "x/config.json").read_text())
+    for revision in ("../../escaped", "main"):
+        (tmp_path / "x/config.json").write_text(json.dumps({**config, "backbone_revision": revision}))
+        with pytest.raises(ValueError, match="must be a commit of 40 hex digits"):
+            TTameModel.from_pretrained(tmp_path / "x")
+
+
+def test_a_processors_own_code_is_never_asked_for(saved, monkeypatch):
+    facts = json.loads((saved / "preprocessor_config.json").read_text())
+    facts |= {"image_processor_type": "Strange", "auto_map": {"AutoImageProcessor": "strange.Strange"}}
+    (saved / "preprocessor_config.json").write_text(json.dumps(facts))
+    (saved / "strange.py").write_text("raise SystemExit('it ran')\n")
+    monkeypatch.setattr("builtins.input", lambda *text: pytest.fail("it asked whether to run foreign code"))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        TTameModel.from_pretrained(saved)
 
 
 def test_auto_model_takes_a_backbone_too(vit, vit_folder, hf_vit, tmp_path):
@@ -194,7 +237,19 @@ def test_links_are_not_followed(saved, tmp_path):
         ("training.json", {"note": f"token {TOKEN}"}, "holds an access token", True),
         ("README.md", f"my {TOKEN}", "holds an access token", True),
         ("README.md", "see /home/me/x", "local path '/home/me'", True),
-        ("README.md", "![x](patient.png)", r"shows 'patient.png', which is not sent", False),
+        ("README.md", "![x](patient.png)", r"names picture files \('patient.png'\)", False),
+        ("README.md", "![x](latency.png)", r"README.md shows 'latency.png', which is not sent", False),
+        ("report.md", "![x](patient)", r"report.md shows 'patient', which is not sent", False),
+        ("report.md", "of Smith_John.nii.gz, 3 mm", r"names picture files \('Smith_John.nii.gz'\)", False),
+        ("report.json", {"pictures": {"x": "Smith.png"}}, "names picture files .*Smith.png", False),
+        ("training.json", {"note": "'Smith.HEIC' cannot be read"}, "names picture files .*Smith.HEIC", False),
+        ("report.md", "on /Volumes/P/x", "local path '/Volumes/P'", True),
+        *(
+            (name, f"t=hf_{kind}_" + "aZ9" * 8, "holds an access token", True)
+            for name in ("LICENSE", "report.md")
+            for kind in ("oauth", "jwt")
+        ),
+        ("report.md", "api_org_" + "a" * 30, "holds an access token", True),
     ],
 )
 def test_what_must_not_be_published_is_refused(saved, file, content, message, with_examples):
@@ -217,6 +272,17 @@ def test_what_must_not_be_published_is_refused(saved, file, content, message, wi
         ({"id": ["Smith_John.jpg"]}, "id"),
         ({"id": [1], "overlay": [b"x"]}, "overlay"),
         ({"id": [1], "file_name": ["x"]}, "file_name"),
+        ({"Photo": [1]}, "Photo"),
+        ({"x": [{"bytes": b"x", "path": None}]}, "x"),
+        ({"x": [[{"img": 1}]]}, "x"),
+        ({"map": [{"bytes": b"\x89PNG", "path": None}]}, None),
+        ({"map": [{"bytes": b"\x89PNG", "path": "Smith.png"}]}, "map"),
+        ({"scan": [b"\xff\xd8\xff\xe0"]}, "scan"),
+        ({"scan": [b"0" * 128 + b"DICM"]}, "scan"),
+        ({"map": [b"\x89PNG"], "score": [[0.5]]}, None),
+        ({"x": [["a", "Smith.jpg"]]}, "x"),
+        ({"x": pyarrow.array(["a", "Smith.jpg"]).dictionary_encode()}, "x"),
+        ({"x": [{"y": [None, "Smith.dcm"]}]}, "x"),
     ],
 )
 def test_datasets_of_maps_without_names_of_pictures(tmp_path, columns, refused):
@@ -233,6 +299,24 @@ def test_datasets_of_maps_without_names_of_pictures(tmp_path, columns, refused):
 def test_names_of_the_reports_own_plots_are_no_secret(saved):
     (saved / "report.json").write_text(json.dumps({"pictures": {"ROAD": "road.png"}}))
     check_contents(saved, files_to_push(saved, "model")[0])
+
+
+def test_a_space_sends_its_code_and_no_files_of_users(tmp_path):
+    (tmp_path / "README.md").write_text("---\nsdk: gradio\n---\n")
+    (tmp_path / "app.py").write_text("")
+    kept = ("x.dcm", "x.HEIC", "x.jfif", "x.avif", "x.nii.gz", "x.npz", "x.zip", "x.svg", "x.pkl", "x.ipynb", "x.csv")
+    for name in (*kept, "requirements.txt"):
+        (tmp_path / name).write_text("")
+    sent, left = files_to_push(tmp_path, detect_kind(tmp_path))
+    assert {f.name for f in sent} == {"README.md", "app.py", "requirements.txt"}
+    assert {f.name for f in left} == set(kept)
+    check_contents(tmp_path, sent)
+    for name in ("app.py", "requirements.txt"):
+        for text, message in (("open('Smith.jpg')", "Smith.jpg"), ("/home/me/x", "/home/me"), (TOKEN, "token")):
+            (tmp_path / name).write_text(text)
+            with pytest.raises(ValueError, match=message):
+                check_contents(tmp_path, sent)
+        (tmp_path / name).write_text("")
 
 
 def test_kinds(saved, tmp_path):
@@ -315,6 +399,7 @@ def work(hub, vit_folder, tmp_path_factory) -> Path:
     module = make_timm("test_resnet")
     save_for_hf(module, work / "timm-repository", safe_serialization=True)
     hub.put("org/tiny-vit", vit_folder)
+    hub.put("org/public", {"x.txt": b"x"})
     hub.put("timm/tiny-resnet", work / "timm-repository")
     TTameModel.from_backbone(vit_folder).save_pretrained(work / "ready")
     hub.put("org/ready", work / "ready")
@@ -380,6 +465,34 @@ def test_branches_pull_requests_and_the_command(hub, pushed):
     assert "published: http" in output
     assert hub.repository("org/by-command").private
     assert hub.repository("org/by-command").messages[-1] == "From the command"
+
+
+def test_private_never_means_public(hub, pushed):
+    assert pushed["private"].startswith("ValueError: 'org/public' exists already and is public, so nothing was sent")
+    assert list(hub.files("org/public")) == ["x.txt"]
+
+
+def test_weights_of_an_earlier_push_are_deleted(hub, pushed):
+    assert sorted(hub.files("org/stale")) == sorted(hub.files("org/ttame-vit"))
+    assert any("deleted  backbone/model.safetensors (of" in line for line in pushed["lines"])
+    assert any("deleted  model-00001-of-" in line for line in pushed["lines"])
+    assert len(hub.repository("org/stale").messages) == 3
+
+
+def test_a_server_at_fault_is_asked_again(pushed):
+    assert [pushed[f"patient {n}"] for n in range(2)] == ["ok", "ok"]
+
+
+@pytest.mark.parametrize(("asked", "waited"), [("7", 7.0), ("3600", 60.0), ("", 0.5), ("Wed, 21 Oct", 0.5)])
+def test_the_servers_wait_is_kept(monkeypatch, asked, waited):
+    waits: list[float] = []
+    monkeypatch.setattr("hf_ttame.saving.time.sleep", waits.append)
+    error = OSError("busy")
+    error.response = SimpleNamespace(status_code=429, headers={"Retry-After": asked})
+    with pytest.raises(OSError, match="busy"):
+        patiently(lambda: (_ for _ in ()).throw(error))
+    assert len(waits) == 3
+    assert waits[0] == waited
 
 
 def test_pushed_datasets_and_spaces(hub, pushed):
@@ -530,7 +643,7 @@ def test_faults_end_in_success_or_a_clear_error(fault_table):
     for where, fault, hits, _, first, then in fault_table:
         assert hits >= 1, f"{fault} on {where} never happened"
         assert then == "ok", f"after {fault} on {where}: {then}"
-        assert first == "ok" or first.startswith(("ValueError: ", "ConnectionError: ")), first
+        assert first == "ok" or first.startswith(("ValueError: ", "ConnectionError: ", "DamagedDownload: ")), first
         if where.startswith("push") and first != "ok":
             assert "repeat with: ttame push" in first
     outcomes = {(where.split(", ")[0], fault): first for where, fault, _, _, first, _ in fault_table}
@@ -539,7 +652,7 @@ def test_faults_end_in_success_or_a_clear_error(fault_table):
     assert outcomes[("push", "500 x 1")] == "ok"
     assert "was not pushed" in outcomes[("push", "400 x 9")]
     damaged = [row[4] for row in fault_table if row[1].startswith("checksum")]
-    assert len(damaged) == 2
+    assert len(damaged) == 4
     assert all("was damaged on its way" in text for text in damaged)
 
 
