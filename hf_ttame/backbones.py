@@ -76,7 +76,7 @@ def load_backbone(
     if not local and "/" not in name:
         raise ValueError(
             f"{name!r} is neither a folder nor a Hub id; a Hub id has the form 'timm/resnet50.a1_in1k'; "
-            "for a timm architecture without weights pass pretrained=False"
+            "for a timm architecture without weights pass pretrained=False (`ttame layers`: --no-pretrained)"
         )
     where = {"revision": revision, "subfolder": subfolder, "trust_remote_code": False, **hub_kwargs}
     safetensors = {"use_safetensors": True} if only_hub else {}

@@ -43,7 +43,7 @@ def demo(
 @app.command()
 def explain(
     images: Annotated[list[Path], typer.Argument(help="Pictures.")],
-    model: Annotated[str, typer.Option(help="Explainer: a folder or a Hub id.")],
+    model: Annotated[str, typer.Option(help="Explainer: a folder, a Hub id, or efficientnet-lite0: the shipped one.")],
     class_: Annotated[
         list[str] | None,
         typer.Option("--class", help="Label or id; repeat for several. Default: the predicted class."),

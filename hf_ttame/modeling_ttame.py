@@ -162,6 +162,8 @@ class TTameModel(PreTrainedModel):
         """
         if head_init not in ("auto", "random", "classifier"):
             raise ValueError(f"head_init must be 'auto', 'random' or 'classifier', got {head_init!r}")
+        if unknown := hub_kwargs.keys() - {"token", "cache_dir", "local_files_only", "attn_implementation"}:
+            raise TypeError(f"from_backbone does not know the arguments {sorted(unknown)}; see its docstring")
         if isinstance(backbone, nn.Module):
             loaded = wrap_backbone(backbone, processor)
         else:
@@ -621,7 +623,7 @@ class TTameModel(PreTrainedModel):
         else:
             raise ValueError(
                 f"{source!r} holds a head alone and its backbone has no Hub id; "
-                "pass from_pretrained(..., backbone=FOLDER_OR_MODULE)"
+                "pass from_pretrained(..., backbone=FOLDER_OR_MODULE), or --backbone FOLDER"
             )
         self._check_backbone(found, strict)
         if backbone is not None:
