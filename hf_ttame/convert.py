@@ -131,8 +131,7 @@ def convert_reference_checkpoint(
         module.load_state_dict({key: tensor.float().clone() for key, tensor in weights.items()}, assign=True)
     except RuntimeError as error:
         raise ValueError(f"the backbone in {str(path)!r} is not torchvision's {name}: {error}") from error
-    with torch.device("meta"):
-        backbone = wrap_backbone(module.eval())
+    backbone = wrap_backbone(module.eval())
     model = TTameModel.from_backbone(
         backbone.model,
         processor=backbone.processor,
