@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .answers import class_logits
+from .configuration_ttame import TTameConfig
 from .layer_choice import PooledClassifier
 
 
@@ -55,6 +56,19 @@ class TTameHead(nn.Module):
         self.bns = nn.ModuleList(nn.BatchNorm2d(c) for c in self.channels) if batch_norm else None
         self.fuser = nn.Conv2d(sum(self.channels), num_classes, 1)
         self.register_buffer("class_counts", torch.zeros(num_classes, dtype=torch.int64))
+
+    @classmethod
+    def from_config(cls, config: TTameConfig) -> "TTameHead":
+        """A head at its random start, as the config says."""
+        return cls(
+            [layer["channels"] for layer in config.feature_layers],
+            config.num_labels,
+            config.map_size,
+            skip_connection=config.skip_connection,
+            batch_norm=config.batch_norm,
+            branch_activation=config.branch_activation,
+            last_layer_relu=config.last_layer_relu,
+        )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Heads saved before the counts existed load too: nothing is recorded of them."""

@@ -49,8 +49,8 @@ _OWN_PICTURES: tuple[str, ...] = (
     "road.png",
     "insertion_deletion.png",
     "latency.png",
+    "contact_sheet.jpg",
 )
-_OWN_PICTURES += ("contact_sheet.jpg",)
 _LABELS = ("id2label", "label2id", "label_names")  # names of classes, not of files
 _EXAMPLE_COLUMNS: tuple[str, ...] = (
     "image",
@@ -63,8 +63,12 @@ _EXAMPLE_COLUMNS: tuple[str, ...] = (
     "picture",
     "overlay",
     "thumbnail",
+    "file_name",
+    "filename",
+    "file",
+    "path",
+    "url",
 )
-_EXAMPLE_COLUMNS += ("file_name", "filename", "file", "path", "url")
 _MAP_COLUMNS = ("map", "maps", "seen")  # ours: pictures of maps, without the photograph
 # How pictures begin: PNG, JPEG, GIF, BMP, TIFF, WebP, HEIF and AVIF, DICOM, NumPy.
 _MAGIC = re.compile(

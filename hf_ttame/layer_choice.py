@@ -1,5 +1,6 @@
 """Which layers to tap when nobody says so, and where the classifier's own map lies."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from .features import (
     first_tensor,
     inner_module,
     layout_of,
+    listed,
     probe_layers,
     run,
     run_listed,
@@ -50,12 +52,13 @@ def choose_layers(
             f"feature layer, got {chosen}"
         )
     layers = probe_layers(backbone, chosen, pixel_values)
-    logits, _ = run_listed(backbone, pixel_values, chosen)
-    if not torch.allclose(logits, classify(backbone, pixel_values), rtol=1e-3, atol=1e-4):
-        raise ValueError(
-            f"{type(inner_module(backbone)).__name__} gives other logits in the pass that returns its intermediates "
-            f"{chosen}; name modules instead: list them with `ttame layers NAME`"
-        )
+    if any(listed(name) for name in chosen):
+        logits, _ = run_listed(backbone, pixel_values, chosen)
+        if not torch.allclose(logits, classify(backbone, pixel_values), rtol=1e-3, atol=1e-4):
+            raise ValueError(
+                f"{type(inner_module(backbone)).__name__} gives other logits in the pass that returns its "
+                f"intermediates {chosen}; name modules instead: list them with `ttame layers NAME`"
+            )
     return layers
 
 
@@ -81,13 +84,8 @@ def default_layers(backbone: nn.Module, pixel_values: torch.Tensor) -> list[str]
     module = inner_module(backbone)
     tappable = {layer.name: layer for layer in tappable_layers(backbone, pixel_values)}
     blocks = _transformer_blocks(module)
-    taps = [tappable.get(name) for name in blocks]
-    if (
-        blocks
-        and len({(tap.layout, tap.grid) if tap else None for tap in taps}) == 1
-        and taps[0]
-        and taps[0].layout == "tokens"
-    ):
+    facts = {(tappable[name].layout, tappable[name].grid) if name in tappable else None for name in blocks}
+    if len(facts) == 1 and (fact := facts.pop()) and fact[0] == "tokens":
         return blocks[-3:]
     stages = [tappable[name] for name in _stages(module) if name in tappable]
     maps = [layer for layer in stages if layer.layout != "tokens"]
@@ -265,7 +263,8 @@ def find_pooled_classifier(backbone: nn.Module, pixel_values: torch.Tensor) -> P
         return None
     linear, x = classifiers[-1]
     # The shortest name: "layer4" rather than its last activation, which is the same tensor.
-    once = [entry for entry in means if sum(entry[0] == other[0] for other in means) == 1]  # others cannot be tapped
+    runs = Counter(name for name, _, _ in means)
+    once = [entry for entry in means if runs[entry[0]] == 1]  # a module that runs twice cannot be tapped
     for name, mean, non_negative in sorted(once, key=lambda entry: entry[0].count(".")):
         width_ = mean.shape[1]
         for start in range(0, x.shape[1] - width_ + 1, width_):

@@ -80,15 +80,7 @@ class TTameModel(PreTrainedModel):
         config.check()
         super().__init__(config)
         self.layers = [FeatureLayer.from_dict(facts) for facts in config.feature_layers]
-        self.head = TTameHead(
-            [layer.channels for layer in self.layers],
-            config.num_labels,
-            config.map_size,
-            skip_connection=config.skip_connection,
-            batch_norm=config.batch_norm,
-            branch_activation=config.branch_activation,
-            last_layer_relu=config.last_layer_relu,
-        )
+        self.head = TTameHead.from_config(config)
         self.backbone: Any = None  # a classifier, attached by from_backbone and from_pretrained
         self.image_processor: Any = None
         self._placements: dict[tuple[int, int], Placement] = {}

@@ -137,15 +137,7 @@ def fresh_head(model: TTameModel, seed: int = 0) -> None:
     config = model.config
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head = TTameHead(
-            [layer.channels for layer in model.layers],
-            config.num_labels,
-            config.map_size,
-            skip_connection=config.skip_connection,
-            batch_norm=config.batch_norm,
-            branch_activation=config.branch_activation,
-            last_layer_relu=config.last_layer_relu,
-        )
+        head = TTameHead.from_config(config)
     shape = (2, len(config.pixel_scale), *config.image_size)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(model.device)
     if config.head_init == "classifier" and (pooled := find_pooled_classifier(model.backbone, noise)):

