@@ -200,19 +200,31 @@ def test_every_transformers_class(name, request):
 # ---- the checks themselves can fail -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wrong", ["transposed", "mirrored", "mask units"])
-def test_a_wrong_grid_is_noticed(wrong, monkeypatch):
-    module = make_timm("hiera_tiny_224")
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("hiera_tiny_224", "transposed"),
+        ("hiera_tiny_224", "mirrored"),
+        ("hiera_tiny_224", "mask units"),
+        ("swin_tiny_patch4_window7_224", "transposed"),  # NHWC
+        ("levit_128s", "transposed"),
+    ],
+)
+def test_a_wrong_grid_is_noticed(name, wrong, monkeypatch):
+    module = make_timm(name)
+    settle(module, module.pretrained_cfg["input_size"])
     model = TTameModel.from_backbone(module)
     assert misplaced(model) == []
+    right = FeatureLayer.to_maps
 
     def disorder(self: FeatureLayer, output: torch.Tensor, class_token: str = "drop") -> torch.Tensor:
+        maps = right(self, output, class_token)
         if wrong == "transposed":
-            return output.transpose(2, 3)
+            return maps.transpose(2, 3)
         if wrong == "mirrored":
-            return output.flip(3)
-        b, c, h, w = output.shape  # every 2 x 2 block one after the other, as inside Hiera
-        blocks = output.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 1, 2, 4, 3, 5) if h % 2 == 0 else output
+            return maps.flip(3)
+        b, c, h, w = maps.shape  # every 2 x 2 block one after the other, as inside Hiera
+        blocks = maps.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 1, 2, 4, 3, 5) if h % 2 == 0 else maps
         return blocks.reshape(b, c, h, w)
 
     monkeypatch.setattr(FeatureLayer, "to_maps", disorder)
