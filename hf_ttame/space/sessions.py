@@ -1,0 +1,87 @@
+"""Who looks at what: one analysis per visitor, in memory only, and not for long."""
+
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from .analysis import Analysis
+from .explainers import Explainer
+
+
+@dataclass(eq=False)
+class Session:
+    """One visitor's picture.
+
+    class_id: what is shown. pair: the two classes of the comparison. asked: classes that were typed, beside the top
+    ones. stop: set to end a RISE that runs.
+    """
+
+    analysis: Analysis
+    class_id: int
+    pair: tuple[int, int]
+    asked: list[int] = field(default_factory=list)
+    stop: threading.Event = field(default_factory=threading.Event)
+    used: float = field(default_factory=time.monotonic)
+
+
+class Sessions:
+    """The visitors that are remembered: at most `capacity`, each for `seconds` after it last asked for anything."""
+
+    def __init__(self, capacity: int = 64, seconds: float = 1800.0):
+        self.capacity = capacity
+        self.seconds = seconds
+        self._by_visitor: OrderedDict[str, Session] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._by_visitor)
+
+    def begin(self, visitor: str, analysis: Analysis) -> Session:
+        """A new picture: the visitor's earlier one is forgotten, and whatever runs on it stops."""
+        top = analysis.top
+        session = Session(analysis, top[0], (top[0], top[min(1, len(top) - 1)]))
+        self.end(visitor)
+        with self._lock:
+            self._by_visitor[visitor] = session
+        self._forget()
+        return session
+
+    def end(self, visitor: str) -> None:
+        with self._lock:
+            session = self._by_visitor.pop(visitor, None)
+        if session is not None:
+            session.stop.set()
+
+    def find(self, visitor: str) -> Session:
+        """Raises ValueError where there is no picture (any more)."""
+        self._forget()
+        with self._lock:
+            if visitor not in self._by_visitor:
+                raise ValueError("there is no picture here, or it was forgotten after a while; give one (again)")
+            self._by_visitor.move_to_end(visitor)
+            session = self._by_visitor[visitor]
+        session.used = time.monotonic()
+        return session
+
+    def by_token(self, token: str) -> Analysis | None:
+        """The analysis of this name, for whoever knows it."""
+        with self._lock:
+            for session in self._by_visitor.values():
+                if session.analysis.token == token:
+                    return session.analysis
+        return None
+
+    def forget_explainer(self, explainer: Explainer) -> None:
+        """Forget everybody who looks at this explainer, so that its memory can be used for another."""
+        for visitor, session in list(self._by_visitor.items()):
+            if session.analysis.explainer is explainer:
+                self.end(visitor)
+
+    def _forget(self) -> None:
+        now = time.monotonic()
+        with self._lock:
+            visitors = list(self._by_visitor.items())
+        late = [visitor for visitor, session in visitors if now - session.used > self.seconds]
+        for visitor in late + [visitor for visitor, _ in visitors[: max(0, len(visitors) - self.capacity)]]:
+            self.end(visitor)

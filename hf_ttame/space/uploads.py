@@ -1,0 +1,104 @@
+"""From an uploaded file to a picture: what is accepted, in words where it is not, and nothing stays on disk."""
+
+import os
+import shutil
+import threading
+import time
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from ..image_processing import MAX_PIXELS, load_image
+
+MAX_BYTES = 30 << 20
+WORKING_SIDE = 1280  # pixels of the longer side; larger pictures are scaled down before anything else
+MIN_SIDE = 16
+# What cameras and browsers make. Others that Pillow opens (EPS, PDF, ...) would start programs of their own.
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+_ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")  # an MPO has several frames too, but they are previews
+_SMALLER = "save the picture smaller"
+_LEFT_OVER = 300.0  # seconds after which an upload that nobody asked for is deleted
+
+
+def read_upload(path: Path, folder: Path) -> tuple[Image.Image, str]:
+    """The picture in an uploaded file, at most WORKING_SIDE large, and a remark; the file is deleted in any case.
+
+    Args:
+        path: where the server put it.
+        folder: the server's folder for uploads; nothing outside is ever opened or deleted.
+
+    Raises:
+        ValueError: it is no picture that can be explained; the message says why and what to do.
+    """
+    path, folder = path.resolve(), folder.resolve()
+    if not path.is_relative_to(folder) or path == folder:
+        raise ValueError("that file was not uploaded here; give a picture of your own")
+    try:
+        return open_picture(path)
+    finally:
+        path.unlink(missing_ok=True)
+        if path.parent != folder:
+            shutil.rmtree(path.parent, ignore_errors=True)
+
+
+def open_picture(path: Path) -> tuple[Image.Image, str]:
+    """As `read_upload`, of any file, which stays."""
+    if not path.is_file():
+        raise ValueError("the upload did not arrive whole; give the picture again")
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"the file is larger than {MAX_BYTES >> 20} MB; {_SMALLER}")
+    Image.init()
+    try:
+        with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(
+                    f"the picture has {image.width} x {image.height} pixels, over {MAX_PIXELS:,d}; {_SMALLER}"
+                )
+            animated = image.format in _ANIMATED and getattr(image, "n_frames", 1) > 1
+            if image.format == "JPEG":  # decoded at a half, a quarter or an eighth where that is more than enough
+                image.draft(None, (2 * WORKING_SIDE, 2 * WORKING_SIDE))
+            picture = load_image(image)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"the picture has more than {MAX_PIXELS:,d} pixels; {_SMALLER}") from error
+    except UnidentifiedImageError as error:
+        raise ValueError(
+            "this is not a picture that can be opened, whatever its name says; give a JPEG, PNG, WebP, GIF, BMP, TIFF "
+            "or AVIF"
+        ) from error
+    except (OSError, SyntaxError, EOFError) as error:
+        raise ValueError("the picture's file is damaged or cut off; save or send it again") from error
+    if min(picture.size) < MIN_SIDE:
+        raise ValueError(
+            f"the picture is {picture.width} x {picture.height} pixels; each side needs at least {MIN_SIDE} to show "
+            "where something is"
+        )
+    picture.thumbnail((WORKING_SIDE, WORKING_SIDE))
+    return picture, "It is animated: its first frame is explained." if animated else ""
+
+
+class Sweeper(threading.Thread):
+    """Deletes what lies in the folder of uploads for too long: uploads that were cut off, or that nobody asked for."""
+
+    def __init__(self, folder: Path, every: float = 60.0):
+        super().__init__(name="sweeper", daemon=True)
+        self.folder = folder
+        self.every = every
+        self.stopped = threading.Event()
+
+    def run(self) -> None:
+        while not self.stopped.wait(self.every):
+            sweep(self.folder, _LEFT_OVER)
+
+
+def sweep(folder: Path, age: float) -> None:
+    """Delete the files in `folder` that are older than `age` seconds, and the folders that are then empty."""
+    for place, _, files in os.walk(folder, topdown=False):
+        try:
+            for file in (Path(place, name) for name in files):
+                if time.time() - file.stat().st_mtime > age:
+                    file.unlink()
+            old = time.time() - os.stat(place).st_mtime > age
+            if old and place != str(folder) and not os.listdir(place):
+                os.rmdir(place)
+        except FileNotFoundError:
+            continue  # whoever asked for it was faster
