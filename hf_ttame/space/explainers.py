@@ -2,8 +2,8 @@
 
 import os
 import threading
+import time
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -57,6 +57,7 @@ class Explainer:
         self.model = model
         self.folder = folder
         self.remarks = remarks
+        self.used = time.monotonic()
         self.lock = FairLock()
 
     @cached_property
@@ -76,7 +77,7 @@ class Explainers:
     def __init__(self, allow_folders: bool, forgotten: Callable[[Explainer], None] = lambda _: None):
         self.allow_folders = allow_folders
         self.forgotten = forgotten
-        self._loaded: OrderedDict[str, Explainer] = OrderedDict()
+        self._loaded: dict[str, Explainer] = {}
         self._loading = threading.Lock()
 
     def get(self, name: str, trusted: bool = False) -> Explainer:
@@ -90,13 +91,20 @@ class Explainers:
             ValueError: there is none, or it does not fit into the memory; the message says what to do.
         """
         name = name.strip()
-        with self._loading:
-            if name not in self._loaded:
-                while len(self._loaded) >= _KEPT:
-                    self.forgotten(self._loaded.popitem(last=False)[1])
-                self._loaded[name] = self._load(name, trusted or self.allow_folders)
-            self._loaded.move_to_end(name)
-            return self._loaded[name]
+        if name not in self._loaded:  # whoever asks for one that is there does not wait for another to load
+            with self._loading:
+                if name not in self._loaded:
+                    self._make_room()
+                    self._loaded[name] = self._load(name, trusted or self.allow_folders)
+        found = self._loaded[name]
+        found.used = time.monotonic()
+        return found
+
+    def _make_room(self) -> None:
+        while len(self._loaded) >= _KEPT:
+            oldest = min(self._loaded.values(), key=lambda explainer: explainer.used)
+            del self._loaded[oldest.name]
+            self.forgotten(oldest)
 
     def _load(self, name: str, folders: bool) -> Explainer:
         if name == SHIPPED:

@@ -13,7 +13,7 @@ from .analysis import Analysis, Tested
 from .explainers import Explainers, is_memory_error
 from .report import report
 from .sessions import Session, Sessions
-from .uploads import open_picture, read_upload
+from .uploads import Sweeper, open_picture, read_upload
 
 Content = dict[str, Any]
 """Name of a part of the page -> its new content; what is not named stays as it is."""
@@ -48,14 +48,14 @@ class Handlers:
     Args:
         explainers: by name.
         sessions: who looks at what.
-        uploads: the server's folder for uploads.
+        sweeper: of the server's folder for uploads.
         examples: name -> photograph.
     """
 
-    def __init__(self, explainers: Explainers, sessions: Sessions, uploads: Path, examples: dict[str, Path]):
+    def __init__(self, explainers: Explainers, sessions: Sessions, sweeper: Sweeper, examples: dict[str, Path]):
         self.explainers = explainers
         self.sessions = sessions
-        self.uploads = uploads
+        self.sweeper = sweeper
         self.examples = examples
 
     def upload(
@@ -64,12 +64,15 @@ class Handlers:
         """An upload, a paste or a photo of the webcam. The field is emptied again, whatever happens."""
         if not file or not file.get("path"):
             return {}
-        found = self._upload(visitor, Path(file["path"]), explainer, strength, colours)
+        path = Path(file["path"])
+        found = self._upload(visitor, path, explainer, strength, colours)
+        if path.resolve().is_relative_to(self.sweeper.folder.resolve()):
+            self.sweeper.was_read(path)
         return {**found, "picture": None}
 
     @in_words
     def _upload(self, visitor: str, path: Path, explainer: str, strength: int, colours: str) -> Content:
-        picture, remark = read_upload(path, self.uploads)
+        picture, remark = read_upload(path, self.sweeper.folder)
         analysis = Analysis(self.explainers.get(explainer), picture)
         return self._begin(visitor, analysis, remark, strength, colours)
 

@@ -23,6 +23,7 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError("the Space needs the package gradio; run: pip install 'hf-ttame[space]'") from error
 
 STRENGTH, COLOURS, KEEP, MASKS = 55, "spectrum", 50, 500
+OPENING = "coffee"  # the example that is shown at the start
 _FILES = Path(__file__).parent
 _CLICKED = """
 element.addEventListener("click", (event) => {
@@ -58,16 +59,17 @@ def build(handlers: Handlers, models: Sequence[str]) -> gr.Blocks:
         with gr.Row(elem_classes="tt-page"):
             with gr.Column(scale=1, min_width=280, elem_classes="tt-side"):
                 _picture_parts(parts, handlers, models)
-            with gr.Column(scale=3, min_width=320), gr.Tabs():
+            with gr.Column(scale=3, min_width=320, elem_classes="tt-main"), gr.Tabs():
                 with gr.Tab("Explain"):
                     _explain_parts(parts)
                 with gr.Tab("Two classes"):
                     _pair_parts(parts)
                 with gr.Tab("Report"):
-                    parts["report"] = gr.Markdown(report(handlers.explainers.get(models[0], trusted=True)))
+                    first = handlers.explainers.get(models[0], trusted=True)
+                    parts["report"] = gr.Markdown(report(first), elem_id="tt-report")
         gr.HTML(
-            "<footer class='tt-footer'>Pictures stay in this server's memory only while you look at them. A map shows "
-            "what this classifier used, not what is true.</footer>"
+            "<footer class='tt-footer'>Pictures stay in this server's memory while you look at them, and nowhere "
+            "else. A map shows what this classifier used, not what is true.</footer>"
         )
         _connect(page, parts, handlers)
     return page.queue(max_size=64, api_open=False)
@@ -76,11 +78,11 @@ def build(handlers: Handlers, models: Sequence[str]) -> gr.Blocks:
 def _picture_parts(parts: dict[str, Any], handlers: Handlers, models: Sequence[str]) -> None:
     parts["picture"] = gr.Image(
         sources=["upload", "clipboard", "webcam"],
-        height=170,
+        height=150,
         label="Your picture",
         show_label=False,
         buttons=[],
-        placeholder="Drop a picture here\n- or -\nClick to choose one",
+        placeholder="Drop a picture here\nor click to choose one",
         elem_id="tt-picture",
         webcam_options=gr.WebcamOptions(mirror=False),
     )
@@ -92,7 +94,7 @@ def _picture_parts(parts: dict[str, Any], handlers: Handlers, models: Sequence[s
     parts["other"] = gr.Textbox(
         label="Another class", placeholder="Name or number, then Enter", max_lines=1, elem_id="tt-other"
     )
-    names = {SHIPPED: "EfficientNet-Lite0, ImageNet (shipped)"}
+    names = {SHIPPED: "EfficientNet-Lite0 (shipped)"}
     local = ", or a folder" if handlers.explainers.allow_folders else ""
     parts["explainer"] = gr.Dropdown(
         [(names.get(name, name), name) for name in models],
@@ -139,9 +141,8 @@ def _pair_parts(parts: dict[str, Any]) -> None:
 
 
 def _connect(page: gr.Blocks, parts: dict[str, Any], handlers: Handlers) -> None:
-    every = [
-        part for name, part in parts.items() if name not in ("examples", "strength", "keep", "masks", "run", "stop")
-    ]
+    changing = ("picture", "notice", "bars", "other", "stage", "pair", "first", "second", "report")
+    every = [parts[name] for name in changing]
     look = [parts["strength"], parts["colours"]]
     # What runs passes of a backbone takes turns at its lock anyway; the others never wait behind them.
     passes: dict[str, Any] = {"concurrency_id": "passes", "concurrency_limit": 4}
@@ -160,7 +161,7 @@ def _connect(page: gr.Blocks, parts: dict[str, Any], handlers: Handlers) -> None
         return show(handlers.example(_visitor(request), str(event.chosen), explainer, strength, colours))
 
     def first_example(explainer: str, strength: int, colours: str, request: gr.Request) -> Any:
-        return show(handlers.example(_visitor(request), next(iter(handlers.examples)), explainer, strength, colours))
+        return show(handlers.example(_visitor(request), OPENING, explainer, strength, colours))
 
     def explainer(name: str, strength: int, colours: str, request: gr.Request) -> Any:
         return show(handlers.explainer(_visitor(request), name or "", strength, colours))
@@ -196,7 +197,7 @@ def _connect(page: gr.Blocks, parts: dict[str, Any], handlers: Handlers) -> None
         handlers.arm_rise(_visitor(request), stop=True)
 
     def leave(request: gr.Request) -> None:
-        handlers.sessions.end(_visitor(request))
+        handlers.sessions.leave(_visitor(request))
 
     measured = [parts["test"], parts["methods"], parts["notice"]]
     picture = parts["picture"].input(
@@ -283,10 +284,9 @@ def running(
         explainers = Explainers(at_home, forgotten=sessions.forget_explainer)
         explainers.get(model, trusted=True)
         examples = {file.stem: file for file in sorted(PHOTOGRAPHS.glob("*.jpg"))}
-        page = build(
-            Handlers(explainers, sessions, Path(folder), examples), [model] if model == SHIPPED else [model, SHIPPED]
-        )
-        sweeper = Sweeper(Path(folder))
+        sweeper = Sweeper(Path(folder), also=sessions.forget)
+        handlers = Handlers(explainers, sessions, sweeper, examples)
+        page = build(handlers, [model] if model == SHIPPED else [model, SHIPPED])
         sweeper.start()
         try:
             page.launch(

@@ -19,8 +19,7 @@ def photograph(analysis: Analysis) -> bytes:
 
 def ground(analysis: Analysis) -> bytes:
     """What lies under a layer: the picture, grey where the classifier saw nothing, JPEG."""
-    placed, seen = analysis.placed_map("ttame", analysis.top[0])
-    return _encode(overlay(analysis.picture, placed, seen, 0.0), "JPEG")
+    return _encode(_ground(analysis), "JPEG")
 
 
 def layer(analysis: Analysis, method: str, class_id: int, colours: str) -> bytes:
@@ -37,12 +36,13 @@ def change_layer(analysis: Analysis, first: int, second: int) -> bytes:
 
 
 def masked(analysis: Analysis, method: str, class_id: int, percent: int, hidden: bool) -> bytes:
-    """The picture with only the map's top `percent` (or, `hidden`, without them), the remainder black; JPEG."""
+    """The picture with only the map's top `percent` (or, `hidden`, without them), JPEG.
+
+    What is taken away is black, as for the classifier; what it never saw is grey, as everywhere.
+    """
     kept, seen = analysis.placed_kept(method, class_id, percent)
-    shown = (kept != hidden) & seen
-    return _encode(
-        Image.fromarray(np.where(shown[..., None], np.asarray(analysis.picture), 0).astype(np.uint8)), "JPEG"
-    )
+    shown = (kept != hidden) | ~seen
+    return _encode(Image.fromarray(np.asarray(_ground(analysis)) * shown[..., None].astype(np.uint8)), "JPEG")
 
 
 def overlay_png(analysis: Analysis, method: str, class_id: int, strength: float, colours: str) -> bytes:
@@ -61,6 +61,11 @@ def map_npy(analysis: Analysis, method: str, class_id: int) -> bytes:
 def thumbnail(picture: Image.Image, size: tuple[int, int] = (160, 112)) -> bytes:
     """The middle of a picture, small, JPEG."""
     return _encode(ImageOps.fit(picture, size), "JPEG")
+
+
+def _ground(analysis: Analysis) -> Image.Image:
+    placed, seen = analysis.placed_map("ttame", analysis.top[0])
+    return overlay(analysis.picture, placed, seen, 0.0)
 
 
 def _layer(values: np.ndarray, seen: np.ndarray, colours: str) -> bytes:

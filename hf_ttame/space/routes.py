@@ -35,7 +35,7 @@ def picture_routes(sessions: Sessions) -> list[Route]:
             return Response(f"this picture cannot be made: {error}", 400, media_type="text/plain")
         headers = dict(_PRIVATE)
         if "download" in request.query_params:
-            headers["Content-Disposition"] = f'attachment; filename="{_file_name(name, request)}"'
+            headers["Content-Disposition"] = "attachment"
         return Response(content, media_type=_TYPES[name.rpartition(".")[2]], headers=headers)
 
     return [Route(f"/{PREFIX}/{{token}}/{{name}}", picture, methods=["GET"])]
@@ -91,8 +91,3 @@ _MAKERS: dict[str, Callable[[Analysis, _Asked], bytes]] = {
     "overlay.png": lambda a, q: rendering.overlay_png(a, q.method, q.class_id(), q.strength, q.colours),
     "map.npy": lambda a, q: rendering.map_npy(a, q.method, q.class_id()),
 }
-
-
-def _file_name(name: str, request: Request) -> str:
-    method, class_id = request.query_params.get("method", "ttame"), request.query_params.get("class", "")
-    return f"{method}_{class_id}_{name}"

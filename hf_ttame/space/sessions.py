@@ -14,7 +14,8 @@ class Session:
     """One visitor's picture.
 
     class_id: what is shown. pair: the two classes of the comparison. asked: classes that were typed, beside the top
-    ones. stop: set to end a RISE that runs.
+    ones. stop: set to end a RISE that runs. used: when the visitor last asked for anything. left: when the connection
+    ended, None while it stands.
     """
 
     analysis: Analysis
@@ -23,14 +24,22 @@ class Session:
     asked: list[int] = field(default_factory=list)
     stop: threading.Event = field(default_factory=threading.Event)
     used: float = field(default_factory=time.monotonic)
+    left: float | None = None
 
 
 class Sessions:
-    """The visitors that are remembered: at most `capacity`, each for `seconds` after it last asked for anything."""
+    """The visitors that are remembered.
 
-    def __init__(self, capacity: int = 64, seconds: float = 1800.0):
+    Args:
+        capacity: at most so many; the one that was longest silent is forgotten first.
+        silent: seconds after which a visitor who asks for nothing is forgotten.
+        gone: seconds after the connection ended: a phone ends it whenever another app is looked at.
+    """
+
+    def __init__(self, capacity: int = 64, silent: float = 1800.0, gone: float = 300.0):
         self.capacity = capacity
-        self.seconds = seconds
+        self.silent = silent
+        self.gone = gone
         self._by_visitor: OrderedDict[str, Session] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -44,7 +53,7 @@ class Sessions:
         self.end(visitor)
         with self._lock:
             self._by_visitor[visitor] = session
-        self._forget()
+        self.forget()
         return session
 
     def end(self, visitor: str) -> None:
@@ -53,15 +62,23 @@ class Sessions:
         if session is not None:
             session.stop.set()
 
+    def leave(self, visitor: str) -> None:
+        """The connection ended: what runs stops, and without another word from this visitor the picture goes."""
+        with self._lock:
+            session = self._by_visitor.get(visitor)
+        if session is not None:
+            session.stop.set()
+            session.left = time.monotonic()
+
     def find(self, visitor: str) -> Session:
         """Raises ValueError where there is no picture (any more)."""
-        self._forget()
+        self.forget()
         with self._lock:
             if visitor not in self._by_visitor:
                 raise ValueError("there is no picture here, or it was forgotten after a while; give one (again)")
             self._by_visitor.move_to_end(visitor)
             session = self._by_visitor[visitor]
-        session.used = time.monotonic()
+        session.used, session.left = time.monotonic(), None
         return session
 
     def by_token(self, token: str) -> Analysis | None:
@@ -78,10 +95,12 @@ class Sessions:
             if session.analysis.explainer is explainer:
                 self.end(visitor)
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Let go of whoever is gone, silent for too long, or one too many."""
         now = time.monotonic()
         with self._lock:
-            visitors = list(self._by_visitor.items())
-        late = [visitor for visitor, session in visitors if now - session.used > self.seconds]
-        for visitor in late + [visitor for visitor, _ in visitors[: max(0, len(visitors) - self.capacity)]]:
+            sessions = list(self._by_visitor.items())
+        late = [visitor for visitor, session in sessions if now - session.used > self.silent]
+        late += [visitor for visitor, session in sessions if session.left and now - session.left > self.gone]
+        for visitor in late + [visitor for visitor, _ in sessions[: max(0, len(sessions) - self.capacity)]]:
             self.end(visitor)

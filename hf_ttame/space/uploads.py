@@ -1,9 +1,10 @@
 """From an uploaded file to a picture: what is accepted, in words where it is not, and nothing stays on disk."""
 
+import contextlib
 import os
-import shutil
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
@@ -17,32 +18,27 @@ MIN_SIDE = 16
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 _ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")  # an MPO has several frames too, but they are previews
 _SMALLER = "save the picture smaller"
-_LEFT_OVER = 300.0  # seconds after which an upload that nobody asked for is deleted
+LEFT_OVER = 300.0  # seconds after which an upload that nobody asked for is deleted
+_FETCHED = 2.0
 
 
 def read_upload(path: Path, folder: Path) -> tuple[Image.Image, str]:
-    """The picture in an uploaded file, at most WORKING_SIDE large, and a remark; the file is deleted in any case.
+    """The picture in an uploaded file, at most WORKING_SIDE large, and a remark.
 
     Args:
         path: where the server put it.
-        folder: the server's folder for uploads; nothing outside is ever opened or deleted.
+        folder: the server's folder for uploads; nothing outside is ever opened.
 
     Raises:
         ValueError: it is no picture that can be explained; the message says why and what to do.
     """
-    path, folder = path.resolve(), folder.resolve()
-    if not path.is_relative_to(folder) or path == folder:
+    if not path.resolve().is_relative_to(folder.resolve()):
         raise ValueError("that file was not uploaded here; give a picture of your own")
-    try:
-        return open_picture(path)
-    finally:
-        path.unlink(missing_ok=True)
-        if path.parent != folder:
-            shutil.rmtree(path.parent, ignore_errors=True)
+    return open_picture(path)
 
 
 def open_picture(path: Path) -> tuple[Image.Image, str]:
-    """As `read_upload`, of any file, which stays."""
+    """As `read_upload`, of any file."""
     if not path.is_file():
         raise ValueError("the upload did not arrive whole; give the picture again")
     if path.stat().st_size > MAX_BYTES:
@@ -77,28 +73,46 @@ def open_picture(path: Path) -> tuple[Image.Image, str]:
 
 
 class Sweeper(threading.Thread):
-    """Deletes what lies in the folder of uploads for too long: uploads that were cut off, or that nobody asked for."""
+    """Empties the folder of uploads.
 
-    def __init__(self, folder: Path, every: float = 60.0):
+    What was read is deleted seconds later, when the browser, which shows an upload for a moment, has fetched it; what
+    nobody asked for, such as an upload that was cut off, after LEFT_OVER seconds.
+
+    Args:
+        folder: the server's folder for uploads.
+        also: done every second, too.
+    """
+
+    def __init__(self, folder: Path, also: Callable[[], None] = lambda: None):
         super().__init__(name="sweeper", daemon=True)
         self.folder = folder
-        self.every = every
+        self.also = also
         self.stopped = threading.Event()
+        self._read: dict[Path, float] = {}
+
+    def was_read(self, path: Path) -> None:
+        """This upload is not needed any more."""
+        self._read[path] = time.monotonic() + _FETCHED
 
     def run(self) -> None:
-        while not self.stopped.wait(self.every):
-            sweep(self.folder, _LEFT_OVER)
+        while not self.stopped.wait(1.0):
+            now = time.monotonic()
+            for path in [path for path, due in list(self._read.items()) if due <= now]:
+                del self._read[path]
+                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # not empty: the same picture was uploaded again
+                    path.parent.rmdir()
+            sweep(self.folder, LEFT_OVER)
+            self.also()
 
 
 def sweep(folder: Path, age: float) -> None:
     """Delete the files in `folder` that are older than `age` seconds, and the folders that are then empty."""
     for place, _, files in os.walk(folder, topdown=False):
-        try:
+        with contextlib.suppress(OSError):  # whoever asked for it was faster
+            old = time.time() - os.stat(place).st_mtime > age
             for file in (Path(place, name) for name in files):
                 if time.time() - file.stat().st_mtime > age:
                     file.unlink()
-            old = time.time() - os.stat(place).st_mtime > age
             if old and place != str(folder) and not os.listdir(place):
                 os.rmdir(place)
-        except FileNotFoundError:
-            continue  # whoever asked for it was faster

@@ -57,9 +57,12 @@ def stage(session: Session, strength: int, colours: str) -> str:
     remark = "" if _trained(analysis, class_id) else "<br>In training this class never came up: its map is unchecked."
     size = f"{analysis.picture.width} x {analysis.picture.height}"
     query = {"class": class_id, "colours": colours, "strength": strength, "download": 1}
+    overlay = _url(analysis, "overlay.png", **query)
+    raw = _url(analysis, "map.npy", **{"class": class_id, "download": 1})
+    # With `download` the browser does not leave the page, which would end the connection.
     links = (
-        f'<a class="tt-take" data-strength href="{_url(analysis, "overlay.png", **query)}">Overlay, PNG</a>'
-        f'<a class="tt-take" href="{_url(analysis, "map.npy", **{"class": class_id, "download": 1})}">Map, NumPy</a>'
+        f'<a class="tt-take" data-strength download="overlay_{class_id}.png" href="{overlay}">Overlay, PNG</a>'
+        f'<a class="tt-take" download="map_{class_id}.npy" href="{raw}">Map, NumPy</a>'
     )
     return _figures(
         _figure(analysis, _image(analysis, "picture.jpg", "The picture"), f"Picture <small>{size}</small>"),
@@ -83,24 +86,25 @@ def test(session: Session, keep: int, tested: Tested) -> str:
         (f"All but the top {keep} %", tested.hidden, "hidden"),
     )
     chart = "".join(
-        f'<div class="tt-row tt-{kind}"><dt>{name}</dt><dd><span class="tt-meter"><span '
-        f'style="width:{100 * value:.1f}%"></span></span><b>{percent(value)}</b></dd></div>'
+        f'<div class="tt-row tt-{kind}"><dt>{name}</dt><dd>{percent(value)}</dd>'
+        f'<span class="tt-meter"><span style="width:{100 * value:.1f}%"></span></span></div>'
         for name, value, kind in rows
     )
+    figures = _figures(
+        _figure(
+            analysis,
+            _image(analysis, "kept.jpg", f"Only the top {keep} percent of the map", **query),
+            f"Only the top {keep} %",
+        ),
+        _figure(
+            analysis,
+            _image(analysis, "hidden.jpg", f"All but the top {keep} percent of the map", **query),
+            f"All but the top {keep} %",
+        ),
+    )
     return (
-        f'<p class="tt-lead">Confidence of the classifier in <b>{label}</b></p><dl class="tt-chart">{chart}</dl>'
-        + _figures(
-            _figure(
-                analysis,
-                _image(analysis, "kept.jpg", f"Only the top {keep} percent of the map", **query),
-                f"Only the top {keep} %: <b>{percent(tested.kept)}</b>",
-            ),
-            _figure(
-                analysis,
-                _image(analysis, "hidden.jpg", f"All but the top {keep} percent of the map", **query),
-                f"All but the top {keep} %: <b>{percent(tested.hidden)}</b>",
-            ),
-        )
+        f'<div class="tt-test"><div><p class="tt-lead">Confidence in <b>{label}</b></p>'
+        f'<dl class="tt-chart">{chart}</dl></div>{figures}</div>'
     )
 
 
