@@ -22,6 +22,7 @@ from ..saving import HUB_ERRORS
 SHIPPED = "efficientnet-lite0"
 _KEPT = 3  # explainers in memory
 _WEIGHTS = (".safetensors", ".bin")
+_LOADING_ERRORS: tuple[type[Exception], ...] = (ValueError, TypeError, *HUB_ERRORS)
 _MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
 
 
@@ -126,7 +127,7 @@ class Explainers:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", UserWarning)
                 model = TTameModel.from_pretrained(name)
-        except (*HUB_ERRORS, TypeError) as error:
+        except _LOADING_ERRORS as error:
             if is_memory_error(error):
                 raise
             raise ValueError(f"{name!r} cannot be loaded: {error}") from error
@@ -204,7 +205,7 @@ def _weight_bytes(place: str) -> int:
     else:
         try:
             listed = HfApi().model_info(place, files_metadata=True).siblings or []
-        except (*HUB_ERRORS, ValueError):
+        except _LOADING_ERRORS:
             return 0  # offline with a full cache
         files = [(file.rfilename, file.size or 0) for file in listed]
     # A repository often holds the same weights in several formats: one of them is loaded.

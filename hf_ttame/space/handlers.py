@@ -19,6 +19,7 @@ Content = dict[str, Any]
 """Name of a part of the page -> its new content; what is not named stays as it is."""
 
 MAX_MASKS = 4000
+_EXPECTED: tuple[type[Exception], ...] = (MemoryError, ModuleNotFoundError, ValueError, TypeError, *HUB_ERRORS)
 _NO_MEMORY = (
     "the memory of this machine was not enough for that, and nothing was changed; give a smaller picture, choose a "
     "smaller explainer, or try again when fewer people are here"
@@ -32,7 +33,7 @@ def in_words(handler: Callable[..., Content]) -> Callable[..., Content]:
     def answer(*args: Any, **kwargs: Any) -> Content:
         try:
             return handler(*args, **kwargs)
-        except (MemoryError, ModuleNotFoundError, ValueError, TypeError, *HUB_ERRORS) as error:
+        except _EXPECTED as error:
             if is_memory_error(error):
                 return {"notice": views.notice(_NO_MEMORY)}
             if type(error) is RuntimeError or isinstance(error, NotImplementedError):
