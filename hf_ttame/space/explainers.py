@@ -78,6 +78,7 @@ class Explainers:
     def __init__(self, allow_folders: bool, forgotten: Callable[[Explainer], None] = lambda _: None):
         self.allow_folders = allow_folders
         self.forgotten = forgotten
+        self._trusted: set[str] = set()
         self._loaded: dict[str, Explainer] = {}
         self._loading = threading.Lock()
 
@@ -92,11 +93,13 @@ class Explainers:
             ValueError: there is none, or it does not fit into the memory; the message says what to do.
         """
         name = name.strip()
+        if trusted:
+            self._trusted.add(name)
         if name not in self._loaded:  # whoever asks for one that is there does not wait for another to load
             with self._loading:
                 if name not in self._loaded:
                     self._make_room()
-                    self._loaded[name] = self._load(name, trusted or self.allow_folders)
+                    self._loaded[name] = self._load(name, self.allow_folders or name in self._trusted)
         found = self._loaded[name]
         found.used = time.monotonic()
         return found

@@ -59,6 +59,15 @@ class Handlers:
         self.sweeper = sweeper
         self.examples = examples
 
+    def warm_up(self, explainer: str) -> None:
+        """One example from beginning to end: the first pass of a process is slow, and nobody should wait for it."""
+        picture, _ = open_picture(next(iter(self.examples.values())))
+        analysis = Analysis(self.explainers.get(explainer), picture)
+        analysis.placed_map("ttame", analysis.top[0])
+        with contextlib.suppress(ModuleNotFoundError, ValueError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            analysis.test("gradcam", analysis.top[0], 50)
+
     def upload(
         self, visitor: str, file: dict[str, Any] | None, explainer: str, strength: int, colours: str
     ) -> Content:
