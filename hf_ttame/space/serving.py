@@ -44,6 +44,9 @@ def running(
     """
     address = host or os.environ.get("GRADIO_SERVER_NAME") or "127.0.0.1"
     at_home = address in ("127.0.0.1", "localhost", "::1") and "SPACE_ID" not in os.environ
+    # gradio would sum up all its past events again after each one, for a page of statistics that is off here.
+    os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", "1000000000")
+    os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "100")
     with tempfile.TemporaryDirectory(prefix="ttame-space-", ignore_cleanup_errors=True) as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # of uploads; gradio reads it whenever it needs it
         sessions = Sessions()
