@@ -3,6 +3,8 @@
 import io
 import os
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,6 +15,7 @@ import pytest
 import torch
 import yaml
 from conftest import make_vit, vit_processor
+from hub_server import running_hub
 from PIL import Image
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
@@ -23,7 +26,7 @@ from hf_ttame.baselines.counting import Cost
 from hf_ttame.space import explainers as explainers_module
 from hf_ttame.space import views
 from hf_ttame.space.analysis import Analysis
-from hf_ttame.space.explainers import Explainer, Explainers, FairLock, is_memory_error
+from hf_ttame.space.explainers import Explainer, Explainers, is_memory_error
 from hf_ttame.space.handlers import Handlers
 from hf_ttame.space.report import report
 from hf_ttame.space.routes import picture_routes
@@ -217,25 +220,27 @@ def test_rise_stops_when_it_is_told_to(analysis):
     assert analysis.run_rise(analysis.top[1], 96, lambda *_: None, lambda: True) == 0
 
 
-def test_the_lock_is_given_in_order():
-    lock, order, ready = FairLock(), [], threading.Barrier(2)
+def test_passes_are_served_one_by_one_in_order(explainer):
+    order: list[str] = []
+    asked = threading.Event()
+
+    def step(name: str) -> None:
+        if not order:
+            asked.wait()  # the other one stands in line by then
+        order.append(name)
 
     def many() -> None:
         for _ in range(3):
-            with lock:
-                if not order:
-                    ready.wait()
-                    time.sleep(0.2)  # the other one stands in line by now
-                order.append("many")
+            explainer.alone(lambda: step("many"))
 
     def one() -> None:
-        ready.wait()
-        with lock:
-            order.append("one")
+        explainer.alone(lambda: step("one"))
 
     threads = [threading.Thread(target=target) for target in (many, one)]
     for thread in threads:
         thread.start()
+        time.sleep(0.1)
+    asked.set()
     for thread in threads:
         thread.join()
     assert order == ["many", "one", "many", "many"]
@@ -534,3 +539,23 @@ def test_the_space_folder():
     app = (space / "app.py").read_text()
     assert "from hf_ttame.space.serving import launch" in app
     assert len(app.splitlines()) < 12
+
+
+def test_push_space_publishes_that_folder(tmp_path):
+    with running_hub() as hub:
+        done = subprocess.run(
+            [sys.executable, "-m", "hf_ttame.cli", "push-space", "org/demo", "--private"],
+            env=hub.environment(tmp_path / "home", PYTHONPATH=str(ROOT)),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "space org/demo: 3 files" in done.stdout
+        assert "published: " in done.stdout
+        pushed = hub.files("org/demo", "spaces")
+        space = ROOT / "spaces" / "ttame-demo"
+        assert {name: content.decode() for name, content in pushed.items() if name != ".gitattributes"} == {
+            file.name: file.read_text() for file in space.iterdir() if file.is_file()
+        }
+        assert hub.repositories["spaces", "org/demo"].private

@@ -50,8 +50,8 @@ class Analysis:
         self.token = secrets.token_urlsafe(16)
         prepared = load_picture(picture, len(model.config.pixel_scale))
         self.pixel_values = preprocess(model.image_processor, [prepared]).to(model.device)
-        with explainer.lock, torch.no_grad():
-            logits, self._features = model.features(self.pixel_values)
+        features = torch.no_grad()(model.features)  # its thread knows nothing of this one's settings
+        logits, self._features = explainer.alone(lambda: features(self.pixel_values))
         self.placement = model._placement(picture.size)
         self.scores = probabilities(logits, model.config.classifier_outputs)[0].cpu()
         self.top: list[int] = logits[0].topk(min(TOP, logits.shape[1])).indices.tolist()
@@ -92,8 +92,8 @@ class Analysis:
         if method == "ttame":
             return model.scale_maps(model.head(self._features, ids))[0, 0]
         if method == "gradcam":
-            with self.explainer.lock:
-                return min_max(self.explainer.gradcam.explain(self.pixel_values, ids).float())[0]
+            made = self.explainer.alone(lambda: self.explainer.gradcam.explain(self.pixel_values, ids))
+            return min_max(made.float())[0]
         raise KeyError(method)
 
     def placed_map(self, method: str, class_id: int) -> tuple[np.ndarray, np.ndarray]:
@@ -125,8 +125,8 @@ class Analysis:
             kept = self.kept(*key).to(self.pixel_values)
             pixels = self.pixel_values.expand(2, -1, -1, -1)
             masked = apply_mask(pixels, torch.stack([kept, 1 - kept]), model.fill("black"))
-            with self.explainer.lock:
-                logits = model.classify(masked)
+            classify = torch.no_grad()(model.classify)
+            logits = self.explainer.alone(lambda: classify(masked))
             ids = torch.full((2,), class_id, device=logits.device)
             p = class_probability(logits, ids, model.config.classifier_outputs).tolist()
             found = self._tested[key] = Tested(*p)
@@ -155,8 +155,7 @@ class Analysis:
         steps = rise_steps(model, self.pixel_values, ids, masks, _RISE_BATCH)
         done, maps = 0, None
         while done < masks and not stopped():
-            with self.explainer.lock:  # by steps: others get their turn in between
-                done, maps = next(steps)
+            done, maps = self.explainer.alone(lambda: next(steps))  # by steps: others get their turn in between
             progress(done, masks)
         if maps is not None:
             self._maps["rise", class_id] = min_max(maps.float())[0].cpu()

@@ -17,7 +17,7 @@ _STRENGTH = """(strength) => {
   }
 }"""
 
-# What runs passes of a backbone takes turns at its lock anyway; the quick ones never wait behind them.
+# What runs passes of a backbone takes turns anyway; the quick ones never wait behind them.
 _PASSES: dict[str, Any] = {
     "concurrency_id": "passes",
     "concurrency_limit": 4,

@@ -5,9 +5,10 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
@@ -19,6 +20,7 @@ from ..demo import EXPLAINER, load_efficientnet_lite0
 from ..modeling_ttame import TTameModel
 from ..saving import HUB_ERRORS
 
+_Result = TypeVar("_Result")
 SHIPPED = "efficientnet-lite0"
 _KEPT = 3  # explainers in memory
 _WEIGHTS = (".safetensors", ".bin")
@@ -26,32 +28,8 @@ _LOADING_ERRORS: tuple[type[Exception], ...] = (ValueError, TypeError, *HUB_ERRO
 _MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
 
 
-class FairLock:
-    """A lock that is given to those who wait in the order in which they came.
-
-    Passes of one backbone must not overlap: the hooks of one would see the tensors of the other. A plain lock would be
-    taken again at once by whoever runs many passes (RISE), and everybody else would starve.
-    """
-
-    def __init__(self) -> None:
-        self._condition = threading.Condition()
-        self._next_ticket = 0
-        self._served = 0
-
-    def __enter__(self) -> None:
-        with self._condition:
-            ticket = self._next_ticket
-            self._next_ticket += 1
-            self._condition.wait_for(lambda: ticket == self._served)
-
-    def __exit__(self, *_: object) -> None:
-        with self._condition:
-            self._served += 1
-            self._condition.notify_all()
-
-
 class Explainer:
-    """An explainer that is loaded: its model, the lock of its backbone, and where its config and figures lie."""
+    """An explainer that is loaded: its model, and where its config and figures lie."""
 
     def __init__(self, name: str, model: TTameModel, folder: Path, remarks: tuple[str, ...] = ()):
         self.name = name
@@ -59,11 +37,19 @@ class Explainer:
         self.folder = folder
         self.remarks = remarks
         self.used = time.monotonic()
-        self.lock = FairLock()
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="passes")
+
+    def alone(self, work: Callable[[], _Result]) -> _Result:
+        """Do some work on the backbone, after all that came before, while nobody else does.
+
+        Passes of one backbone must not overlap: the hooks of one would see the tensors of the other. They are served
+        in the order in which they came, so that whoever needs many passes (RISE) asks for them one by one.
+        """
+        return self._worker.submit(work).result()
 
     @cached_property
     def gradcam(self) -> Method:
-        """Grad-CAM on the same backbone; finding its layer costs passes, so it is made once, with the lock held."""
+        """Grad-CAM on the same backbone, made once: finding its layer costs passes. For use in `alone`."""
         return make_method("gradcam", self.model)
 
 
