@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12, help="in the browser: pictures, of each size")
     parser.add_argument("--visitors", type=int, default=8, help="at once")
     parser.add_argument("--uploads", type=int, default=200, help="for the memory")
-    parser.add_argument("--warm-up", type=int, default=40, help="uploads before the memory is first read")
+    parser.add_argument("--warm-up", type=int, default=100, help="uploads before the memory is first read")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     if min(arguments.rounds, arguments.visitors, arguments.uploads, arguments.warm_up) < 1:

@@ -134,10 +134,15 @@ def test_only_the_folder_of_uploads_is_opened_and_emptied(tmp_path, photo):
     left = saved(photo(), uploads / "left.part", format="PNG")
     os.utime(left, (0, time.time() - LEFT_OVER - 9))
     calls = []
-    sweeper = Sweeper(uploads, also=lambda: calls.append(1))
-    sweeper.start()
+    sweeper = Sweeper(uploads, also=lambda: calls.append(1), after=0.5)
     assert read_upload(inside, uploads)[0].size == (90, 70)
+    sweeper.was_read(inside)
     assert inside.exists()  # the browser shows it for a moment
+    again = saved(photo(), uploads / "hash" / "again.png")
+    again.replace(inside)  # the same picture of somebody else
+    sweeper.start()
+    time.sleep(1.5)
+    assert inside.exists()
     sweeper.was_read(inside)
     deadline = time.monotonic() + 10
     while list(uploads.iterdir()) and time.monotonic() < deadline:

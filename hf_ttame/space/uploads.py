@@ -19,7 +19,6 @@ FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 _ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")  # an MPO has several frames too, but they are previews
 _SMALLER = "save the picture smaller"
 LEFT_OVER = 300.0  # seconds after which an upload that nobody asked for is deleted
-_FETCHED = 2.0
 
 
 def read_upload(path: Path, folder: Path) -> tuple[Image.Image, str]:
@@ -75,33 +74,38 @@ def open_picture(path: Path) -> tuple[Image.Image, str]:
 class Sweeper(threading.Thread):
     """Empties the folder of uploads.
 
-    What was read is deleted seconds later, when the browser, which shows an upload for a moment, has fetched it; what
-    nobody asked for, such as an upload that was cut off, after LEFT_OVER seconds.
+    What was read is deleted a little later: the browser shows an upload for a moment, and the server puts the same
+    picture of two visitors into the same place. What nobody asked for, such as an upload that was cut off, is deleted
+    after LEFT_OVER seconds.
 
     Args:
         folder: the server's folder for uploads.
         also: done every second, too.
+        after: seconds that a file stays after it was read.
     """
 
-    def __init__(self, folder: Path, also: Callable[[], None] = lambda: None):
+    def __init__(self, folder: Path, also: Callable[[], None] = lambda: None, after: float = 30.0):
         super().__init__(name="sweeper", daemon=True)
         self.folder = folder
         self.also = also
+        self.after = after
         self.stopped = threading.Event()
-        self._read: dict[Path, float] = {}
+        self._read: dict[tuple[Path, int], float] = {}
 
     def was_read(self, path: Path) -> None:
-        """This upload is not needed any more."""
-        self._read[path] = time.monotonic() + _FETCHED
+        """This upload is not needed any more; one that comes to the same place later is another."""
+        with contextlib.suppress(OSError):
+            self._read[path, path.stat().st_ino] = time.monotonic() + self.after
 
     def run(self) -> None:
         while not self.stopped.wait(1.0):
             now = time.monotonic()
-            for path in [path for path, due in list(self._read.items()) if due <= now]:
-                del self._read[path]
-                path.unlink(missing_ok=True)
-                with contextlib.suppress(OSError):  # not empty: the same picture was uploaded again
-                    path.parent.rmdir()
+            for path, node in [key for key, due in list(self._read.items()) if due <= now]:
+                del self._read[path, node]
+                with contextlib.suppress(OSError):  # gone, or its folder is not empty
+                    if path.stat().st_ino == node:
+                        path.unlink()
+                        path.parent.rmdir()
             sweep(self.folder, LEFT_OVER)
             self.also()
 
