@@ -59,7 +59,7 @@ def _picture_parts(parts: dict[str, Any], handlers: Handlers, models: Sequence[s
         label="Your picture",
         show_label=False,
         buttons=[],
-        placeholder="Drop a picture here\nor click to choose one",
+        placeholder="Drop or choose a picture",
         elem_id="tt-picture",
         webcam_options=gr.WebcamOptions(mirror=False),
     )
@@ -90,15 +90,17 @@ def _explain_parts(parts: dict[str, Any]) -> None:
         parts["colours"] = gr.Radio(
             ["spectrum", "viridis", "inferno", "grey"], value=COLOURS, label="Colours", elem_id="tt-colours"
         )
-    gr.HTML("<h2>Test it: hide and see</h2><p>If the map is right, its top alone keeps the confidence, and the "
-            "picture without it loses it. Each number is a real pass of the classifier.</p>")  # fmt: skip
+    gr.HTML(
+        "<h2>Test it: hide and see</h2><p>The top of a good map keeps the confidence; hiding it takes it away. Each "
+        "number is a real pass.</p>"
+    )
     parts["keep"] = gr.Slider(1, 100, KEEP, step=1, label="Keep the top, % of the pixels", elem_id="tt-keep")
     parts["test"] = gr.HTML("", elem_id="tt-test", min_height=120)
     gr.HTML("<h2>Beside other methods</h2><p>The same picture, class and share of pixels for all.</p>")
     parts["methods"] = gr.HTML("", elem_id="tt-methods", min_height=120)
     with gr.Row(elem_classes="tt-controls"):
         parts["masks"] = gr.Slider(
-            100, MAX_MASKS, MASKS, step=100, label="Masks of RISE: passes of the classifier", elem_id="tt-masks"
+            100, MAX_MASKS, MASKS, step=100, label="Masks of RISE, a pass each", elem_id="tt-masks"
         )
         parts["run"] = gr.Button("Run RISE", variant="primary", scale=0, min_width=120, elem_id="tt-run")
         parts["stop"] = gr.Button("Stop", scale=0, min_width=90, elem_id="tt-stop")
