@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,8 +63,7 @@ class Handlers:
         picture, _ = open_picture(next(iter(self.examples.values())))
         analysis = Analysis(self.explainers.get(explainer), picture)
         analysis.placed_map("ttame", analysis.top[0])
-        with contextlib.suppress(ModuleNotFoundError, ValueError), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with contextlib.suppress(ModuleNotFoundError, ValueError):
             analysis.test("gradcam", analysis.top[0], 50)
 
     def upload(
@@ -153,9 +151,7 @@ class Handlers:
         analysis, class_id, keep = session.analysis, session.class_id, _percent(keep)
         tested: dict[str, Tested | str] = {"ttame": analysis.test("ttame", class_id, keep)}
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of the package behind it
-                tested["gradcam"] = analysis.test("gradcam", class_id, keep)
+            tested["gradcam"] = analysis.test("gradcam", class_id, keep)
         except (ModuleNotFoundError, ValueError) as error:
             tested["gradcam"] = _short(str(error))
         tested["rise"] = (
@@ -163,7 +159,7 @@ class Handlers:
             if analysis.has_map("rise", class_id)
             else "RISE takes one pass per mask: run it below"
         )
-        if not self._current(visitor, session) or session.class_id != class_id:
+        if not self.sessions.holds(visitor, session) or session.class_id != class_id:
             return {}  # somebody was faster: what they asked for must not be overwritten
         of_ours = tested["ttame"]
         assert isinstance(of_ours, Tested)
@@ -171,12 +167,6 @@ class Handlers:
             "test": views.test(session, keep, of_ours),
             "methods": views.methods(session, keep, colours, tested),
         }
-
-    def _current(self, visitor: str, session: Session) -> bool:
-        try:
-            return self.sessions.find(visitor) is session
-        except ValueError:
-            return False
 
     @in_words
     def recolour(self, visitor: str, keep: float, strength: int, colours: str) -> Content:
@@ -200,7 +190,7 @@ class Handlers:
         session = self.sessions.find(visitor)
         masks = min(max(int(masks), 1), MAX_MASKS)
         done = session.analysis.run_rise(session.class_id, masks, progress, session.stop.is_set)
-        if not self._current(visitor, session):
+        if not self.sessions.holds(visitor, session):
             return {}
         stopped = f"RISE was stopped after {done:,d} of {masks:,d} masks." if done < masks else ""
         return {"notice": views.notice(stopped, "remark"), **self.measure(visitor, keep, colours)}

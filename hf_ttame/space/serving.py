@@ -1,6 +1,8 @@
 """Run the page on a server of its own."""
 
 import os
+import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,26 +19,25 @@ from .sessions import Sessions
 from .uploads import MAX_BYTES, Sweeper
 
 _FILES = Path(__file__).parent
-_HEAD = '<meta name="robots" content="noindex"><meta name="color-scheme" content="light dark">'
 
 
 def launch(model: str = SHIPPED, host: str | None = None, port: int | None = None) -> None:
     """Run the Space until it is interrupted; arguments and errors as of `running`."""
-    with running(model, host, port, quiet=False) as page:
+    # Ended by whoever runs the machine, too, it leaves no upload behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    with running(model, host, port) as page:
+        print(f"the Space is at {page.local_url}; Ctrl-C ends it", flush=True)
         page.block_thread()
 
 
 @contextmanager
-def running(
-    model: str = SHIPPED, host: str | None = None, port: int | None = None, quiet: bool = True
-) -> Iterator[gr.Blocks]:
+def running(model: str = SHIPPED, host: str | None = None, port: int | None = None) -> Iterator[gr.Blocks]:
     """The Space, served from threads of this process while the block runs; `local_url` is its address.
 
     Args:
         model: the explainer that is shown first: SHIPPED, a Hub id or a folder.
         host: address to listen on; None: this machine alone, or as GRADIO_SERVER_NAME says.
         port: None: the first free one from 7860 on, or as GRADIO_SERVER_PORT says.
-        quiet: print nothing.
 
     Raises:
         ValueError: the explainer cannot be loaded.
@@ -62,11 +63,10 @@ def running(
             page.launch(
                 server_name=host,
                 server_port=port,
-                quiet=quiet,
+                quiet=True,
                 prevent_thread_lock=True,
                 theme=_theme(),
                 css_paths=_FILES / "style.css",
-                head=_HEAD,
                 app_kwargs={"routes": picture_routes(sessions)},
                 max_file_size=MAX_BYTES,
                 state_session_capacity=256,
@@ -78,6 +78,9 @@ def running(
                 pwa=False,
                 share=False,
             )
+        except OSError as error:
+            raise OSError(f"port {port or 'in the range of gradio'} is taken; give another with --port") from error
+        else:
             yield page
         finally:
             sweeper.stopped.set()

@@ -81,6 +81,11 @@ class Sessions:
         session.used, session.left = time.monotonic(), None
         return session
 
+    def holds(self, visitor: str, session: Session) -> bool:
+        """Whether this is still what the visitor looks at; asking is no sign of life."""
+        with self._lock:
+            return self._by_visitor.get(visitor) is session
+
     def by_token(self, token: str) -> Analysis | None:
         """The analysis of this name, for whoever knows it."""
         with self._lock:
