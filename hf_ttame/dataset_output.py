@@ -55,20 +55,16 @@ class Output:
         own |= {"score": value("float32"), "map": datasets.Array2D(self.map_size, "uint8")}
         own |= {"overlay": datasets.Image()} if self.overlays else {}
         self.features = datasets.Features({**own, **{kept_name(name): kind for name, kind in self.kept.items()}})
-        schema = self.features.arrow_schema
-        for index, column in enumerate(schema):
-            if isinstance(column.type, pa.BaseExtensionType):  # plain lists are read everywhere
-                schema = schema.set(index, column.with_type(column.type.storage_type))
-        self.schema = schema
+        self.schema = self.features.arrow_schema
         try:
             (self.folder / "data").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OSError(f"{str(self.folder)!r} cannot be written: {error.strerror}; choose another --out") from error
 
-    def lock(self, settings: dict[str, Any], main: bool) -> None:
-        """See `saving.lock_settings`."""
+    def lock(self, settings: dict[str, Any]) -> None:
+        """See `saving.lock_settings`; every process does it, for folders that they do not share."""
         try:
-            lock_settings(self.folder, settings, main)
+            lock_settings(self.folder, settings, main=True)
         except OSError as error:
             raise OSError(f"{str(self.folder)!r} cannot be written: {error.strerror}; choose another --out") from error
 
@@ -89,9 +85,12 @@ class Output:
         for field in self.schema:
             values = columns[field.name]
             if field.name == "map":
-                arrays.append(_nested(np.asarray(values)))
+                values = _nested(np.asarray(values))
             elif field.name == "overlay":
-                arrays.append(pa.array([{"bytes": value, "path": None} for value in values], type=field.type))
+                values = [{"bytes": value, "path": None} for value in values]
+            if isinstance(field.type, pa.ExtensionType):  # what `datasets` makes of its arrays
+                values = values if isinstance(values, pa.Array) else pa.array(values, type=field.type.storage_type)
+                arrays.append(pa.ExtensionArray.from_storage(field.type, values))
             else:
                 arrays.append(pa.array(values, type=field.type))
         return pa.Table.from_arrays(arrays, schema=self.schema)
@@ -103,11 +102,11 @@ class Output:
         name = f"maps-{unit.shard:05d}-{unit.block:05d}{'-end' if ends_shard else ''}.parquet"
         part = self.folder / "data" / f".{name}.{socket.gethostname()}-{os.getpid()}.part"
         facts = {"read": read, "unreadable": unreadable}
-        table = pa.concat_tables(tables) if tables else self.schema.empty_table()
         try:
             with open(part, "wb") as file:
                 with pyarrow.parquet.ParquetWriter(file, self.schema, compression="zstd") as writer:
-                    writer.write_table(table, row_group_size=128)
+                    if tables:  # `datasets` cannot read an empty row group, but a file without one
+                        writer.write_table(pa.concat_tables(tables), row_group_size=128)
                     writer.add_key_value_metadata({_FACTS: json.dumps(facts, default=str)})
                 os.fsync(file.fileno())
             os.replace(part, part.with_name(name))
@@ -233,8 +232,8 @@ def dataset_card(report: dict[str, Any], features: datasets.Features) -> str:
             "",
             f"- Explainer: {escape(report['model'])}, head {code(settings['head_fingerprint'])}, classifier "
             f"{code(settings['backbone_fingerprint'])}, {settings['dtype']}.",
-            f"- {report['rows']:,} rows in {report['files']:,} files; {report['unreadable']:,} unreadable pictures have "
-            "no row (`report.json`).",
+            f"- {report['rows']:,} rows in {report['files']:,} files; {report['unreadable']:,} unreadable pictures "
+            "have no row (`report.json`).",
             f"- Made with hf-ttame {__version__}, `ttame explain-dataset`.",
             "",
             "A map shows what this classifier used, not what is true. A class that never occurred in the explainer's "

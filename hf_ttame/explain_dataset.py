@@ -246,7 +246,7 @@ def explain_dataset(
     map_size = (model.config.map_size[0], model.config.map_size[1])
     output = Output(Path(out), map_size, plan.overlays, source.features)
     settings = _settings(model, plan, source, wanted)
-    output.lock(settings, rank == 0)
+    output.lock(settings)
     files, ends = output.finished()
     if files and rank == 0:
         say(f"{len(files)} files are complete already; going on")
