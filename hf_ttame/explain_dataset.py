@@ -26,7 +26,7 @@ from .dataset_loader import Prepare, make_loader
 from .dataset_output import Output, kept_name
 from .image_processing import ImageInput, shown
 from .modeling_ttame import TTameModel
-from .saving import fingerprint
+from .saving import fingerprint, is_local_path
 from .visualization import colour_map
 
 _STRENGTH = 0.55  # share of colour in an overlay
@@ -272,7 +272,7 @@ def explain_dataset(
             if batch.closes:
                 output.write(batch.unit, batch.ends_shard, tables, read, unreadable)
                 tables, unreadable, read = [], [], 0
-    facts = {"model": Path(model.name_or_path).name, "map_size": list(map_size), **_about(model)}
+    facts = {"model": _public(model.name_or_path), "map_size": list(map_size), **_about(model)}
     return output.finish(source.shards, settings, facts)
 
 
@@ -311,7 +311,7 @@ def _patient(loader: Iterable[Batch], output: Output) -> Iterator[Batch]:
 def _settings(model: TTameModel, plan: MapPlan, source: Input, wanted: torch.Tensor | None) -> dict[str, Any]:
     """What must not change when a run is resumed; the number of processes, the batch size and the workers may."""
     return {
-        "dataset": Path(plan.dataset).name if os.path.exists(plan.dataset) else plan.dataset,
+        "dataset": _public(plan.dataset),
         "split": plan.split,
         "revision": source.revision,
         "files": source.digest,
@@ -331,6 +331,11 @@ def _settings(model: TTameModel, plan: MapPlan, source: Input, wanted: torch.Ten
         "map_scaling": model.config.map_scaling,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
+
+
+def _public(name: str) -> str:
+    """A Hub id, or the last part of a path: where it lies here is nobody else's business."""
+    return Path(name).resolve().name if os.path.exists(name) or is_local_path(name) else name
 
 
 def _about(model: TTameModel) -> dict[str, Any]:
