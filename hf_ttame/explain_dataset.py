@@ -7,7 +7,6 @@ of a launch share the units of work by a fixed rule (`dataset_input`) and never 
 stands in the folder (`dataset_output`).
 """
 
-import io
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,22 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
 from . import __version__
-from .answers import probabilities
+from .dataset_columns import Launched, collect, launch, wanted_classes
 from .dataset_input import UNKNOWN_ROWS, Batch, Input, Unreadable, open_input
 from .dataset_loader import Prepare, make_loader
-from .dataset_output import Output, kept_name
-from .image_processing import ImageInput, shown
+from .dataset_output import Output
+from .image_processing import ImageInput
 from .modeling_ttame import TTameModel
 from .saving import fingerprint, is_local_path
-from .visualization import colour_map
-
-_STRENGTH = 0.55  # share of colour in an overlay
-_PALETTE = colour_map(np.arange(256) / 255).tobytes()
 
 
 @dataclass(frozen=True)
@@ -103,99 +96,12 @@ def explain_batch(
     names = list(range(len(images))) if ids is None else list(ids)
     if len(names) != len(images):
         raise ValueError(f"there must be one id per image, got {len(names)} for {len(images)}")
-    wanted = _wanted(model, class_ids, top_k)
+    wanted = wanted_classes(model, class_ids, top_k)
     prepare = Prepare(model.image_processor, len(model.config.pixel_scale))
     batch = prepare[Batch(list(range(len(images))), {}, list(images), len(images))]
-    columns = _collect(model, batch, _launch(model, batch, wanted, top_k), overlays)
+    columns = collect(model, batch, launch(model, batch, wanted, top_k), overlays)
     columns["id"] = [names[row] for row in columns["id"]]
     return columns, [entry._replace(id=names[entry.id]) for entry in batch.unreadable]
-
-
-def _wanted(model: TTameModel, class_ids: Any, top_k: int | None) -> torch.Tensor | None:
-    """The asked classes (N,); ValueError where model or selection do not fit."""
-    if model.training:
-        raise ValueError("explaining needs eval mode; call model.eval() first")
-    if class_ids is not None and top_k is not None:
-        raise ValueError("give class_ids (--class) or top_k (--top-k), not both")
-    if top_k is not None and not 1 <= top_k <= model.config.num_labels:
-        raise ValueError(f"top_k must lie in 1..{model.config.num_labels}, got {top_k}")
-    return None if class_ids is None else torch.tensor(model.resolve_classes(class_ids))
-
-
-@dataclass
-class _Launched:
-    """Of B pictures, on the device: predicted (B,), ids (B, N), scores (B, N), maps (B, N, h, w) uint8; `counts` says
-    how many of the N classes count in each row."""
-
-    predicted: torch.Tensor
-    ids: torch.Tensor
-    scores: torch.Tensor
-    maps: torch.Tensor
-    counts: list[int]
-
-
-@torch.no_grad()
-def _launch(model: TTameModel, batch: Batch, wanted: torch.Tensor | None, top_k: int | None) -> _Launched | None:
-    """Start the pass of a batch; a GPU is not waited for."""
-    if batch.pixel_values is None:
-        return None
-    pixel_values = batch.pixel_values.to(model.device, non_blocking=True, memory_format=torch.channels_last)
-    logits, features = model.features(pixel_values)
-    ids, counts = model._select(logits, wanted, top_k)
-    scores = probabilities(logits, model.config.classifier_outputs).gather(1, ids)
-    maps = model.scale_maps(model.head(features, ids)).mul(255).round().to(torch.uint8)
-    return _Launched(logits.argmax(dim=1), ids, scores, maps, counts)
-
-
-def _collect(model: TTameModel, batch: Batch, launched: _Launched | None, overlays: bool) -> dict[str, Any]:
-    """The columns of a batch, a row per picture and class."""
-    if launched is None:
-        h, w = model.config.map_size
-        empty = np.zeros(0, dtype=np.int32)
-        columns: dict[str, Any] = {"id": [], "predicted": empty, "class_id": empty, "label": []}
-        columns |= {"score": np.zeros(0, dtype=np.float32), "map": np.zeros((0, h, w), dtype=np.uint8)}
-        return columns | ({"overlay": []} if overlays else {}) | {name: [] for name in batch.columns}
-    counts = np.array(launched.counts)
-    chosen = np.arange(launched.ids.shape[1]) < counts[:, None]
-    rows = np.repeat(np.arange(len(counts)), counts)
-    ids = launched.ids.cpu()
-    model._warn_unseen(ids[torch.from_numpy(chosen)])
-    scores = launched.scores.float().cpu().numpy()[chosen]
-    if not np.isfinite(scores).all():
-        raise ValueError(f"the classifier's scores are not finite in {model.dtype}; use --dtype float32 or bfloat16")
-    class_ids = ids.numpy()[chosen].astype(np.int32)
-    maps = launched.maps.cpu().numpy()[chosen]
-    columns = {
-        "id": [batch.ids[row] for row in rows],
-        "predicted": launched.predicted.cpu().numpy()[rows].astype(np.int32),
-        "class_id": class_ids,
-        "label": [model.config.id2label[class_id] for class_id in class_ids.tolist()],
-        "score": scores,
-        "map": maps,
-    }
-    if overlays:
-        assert batch.pixel_values is not None
-        seen = [_as_seen(model, pixel_values) for pixel_values in batch.pixel_values]
-        columns["overlay"] = [_overlay(seen[row], explanation) for row, explanation in zip(rows, maps, strict=True)]
-    for name, values in batch.columns.items():
-        columns[kept_name(name)] = [values[row] for row in rows]
-    return columns
-
-
-def _as_seen(model: TTameModel, pixel_values: torch.Tensor) -> Image.Image:
-    """The classifier's input (C, H, W) as a picture."""
-    scale, shift = (torch.tensor(v)[:, None, None] for v in (model.config.pixel_scale, model.config.pixel_shift))
-    levels = ((pixel_values - shift) / scale).clamp(0, 1).mul(255).round().permute(1, 2, 0).numpy()
-    return Image.fromarray(levels.astype(np.uint8)) if levels.shape[2] == 3 else shown(levels)
-
-
-def _overlay(picture: Image.Image, explanation: np.ndarray) -> bytes:
-    """JPEG of a map (h, w) uint8 over a picture: all in Pillow, which is quick."""
-    coloured = Image.fromarray(explanation).resize(picture.size, Image.Resampling.BILINEAR)
-    coloured.putpalette(_PALETTE)
-    file = io.BytesIO()
-    Image.blend(picture, coloured.convert("RGB"), _STRENGTH).save(file, "JPEG", quality=88)
-    return file.getvalue()
 
 
 # ---- a dataset ------------------------------------------------------------------------------------------------------
@@ -233,7 +139,7 @@ def explain_dataset(
     model.eval().to(memory_format=torch.channels_last)
     if accelerator:
         model.to(accelerator.device)
-    wanted = _wanted(model, plan.class_ids, plan.top_k)
+    wanted = wanted_classes(model, plan.class_ids, plan.top_k)
     source = open_input(
         plan.dataset,
         plan.split,
@@ -263,7 +169,7 @@ def explain_dataset(
     total = source.rows_of(rank, world, files)
     with tqdm(total=total, unit="image", smoothing=0.05, disable=rank != 0 or not progress) as bar:
         for batch, launched in _one_behind(_patient(loader, output), model, wanted, plan.top_k):
-            columns = _collect(model, batch, launched, plan.overlays)
+            columns = collect(model, batch, launched, plan.overlays)
             if len(columns["id"]):
                 tables.append(output.table(columns))
             unreadable += batch.unreadable
@@ -278,12 +184,15 @@ def explain_dataset(
 
 def _one_behind(
     batches: Iterable[Batch], model: TTameModel, wanted: torch.Tensor | None, top_k: int | None
-) -> Iterator[tuple[Batch, _Launched | None]]:
+) -> Iterator[tuple[Batch, Launched | None]]:
     """Every batch with what the model makes of it, handed out when the next one is launched: so that a GPU computes
     while the results of the batch before it are packed."""
     waiting = None
     for batch in batches:
-        launched = _launch(model, batch, wanted, top_k)
+        try:
+            launched = launch(model, batch, wanted, top_k)
+        except torch.OutOfMemoryError as error:
+            raise OSError(f"{error}; run the same command again with a smaller --batch-size to continue") from error
         if waiting:
             yield waiting
         waiting = batch, launched
