@@ -211,6 +211,15 @@ def test_one_batch_for_an_engine_of_your_own(model: TTameModel, whole: Path) -> 
         explain_batch(model, images, ids=[1])
 
 
+def test_half_precision(explainer: Path, model: TTameModel) -> None:
+    half = TTameModel.from_pretrained(explainer).to(torch.bfloat16)
+    images = [picture(seed) for seed in range(4)]
+    found, _ = explain_batch(half, images, class_ids=3)
+    expected, _ = explain_batch(model, images, class_ids=3)
+    assert found["score"] == pytest.approx(expected["score"], abs=0.05)
+    assert np.abs(found["map"].astype(int) - expected["map"]).mean() < 12
+
+
 # ---- sources --------------------------------------------------------------------------------------------------------
 
 
