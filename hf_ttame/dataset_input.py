@@ -9,6 +9,7 @@ import hashlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -232,7 +233,8 @@ def open_input(
     column = image_column(dataset, column)
     kept = tuple(dict.fromkeys([*([id_column] if id_column else []), *keep_columns]))
     features = _features(dataset, column, kept)
-    starts = [sum(shard_rows[:n]) if shard_rows else n * UNKNOWN_ROWS for n in range(dataset.num_shards)]
+    lengths = shard_rows or [UNKNOWN_ROWS] * dataset.num_shards
+    starts = list(accumulate(lengths[:-1], initial=0))
     return Input(
         dataset.decode(False) if dataset.features else dataset,
         column,

@@ -17,8 +17,21 @@ from torch.utils.data import DataLoader, Dataset
 from .dataset_input import Batch, Unreadable
 from .image_processing import load_picture, preprocess
 from .pictures import decode
+from .saving import patiently
 
 _Item = TypeVar("_Item")
+
+
+def fetched(cell: Any) -> Any:
+    """The cell with the bytes of a picture that lies elsewhere (a folder of pictures on the Hub)."""
+    if isinstance(cell, dict) and cell.get("bytes") is None and "://" in str(cell.get("path")):
+
+        def fetch() -> bytes:
+            with fsspec.open(cell["path"], "rb") as file:
+                return file.read()
+
+        return {**cell, "bytes": patiently(fetch)}
+    return cell
 
 
 def picture_of(cell: Any, channels: int = 3) -> Any:
@@ -29,14 +42,10 @@ def picture_of(cell: Any, channels: int = 3) -> Any:
     """
     place = cell.get("path") if isinstance(cell, dict) else cell
     try:
-        if isinstance(cell, dict) and cell.get("bytes") is None and "://" in str(place):
-            with fsspec.open(place, "rb") as file:  # a folder of pictures on the Hub
-                cell = file.read()
-        elif isinstance(cell, list):  # an array, as `datasets` hands it out
+        if isinstance(cell, list):  # an array, as `datasets` hands it out
             array = np.asarray(cell)
-            cell = (
-                array.astype(np.uint8) if array.dtype.kind in "iu" and 0 <= array.min() <= array.max() < 256 else array
-            )
+            levels = array.dtype.kind in "iu" and 0 <= array.min() <= array.max() < 256
+            cell = array.astype(np.uint8) if levels else array
         if channels in (1, 3):
             picture = decode(cell)
             return picture if channels == 3 else load_picture(picture, 1)
@@ -63,12 +72,21 @@ class Prepare(Dataset):
         good: list[int] = []
         unreadable: list[Unreadable] = []
         for row, cell in enumerate(batch.cells):
+            reason = None
             try:
-                pictures.append(preprocess(self.processor, [picture_of(cell, self.channels)]))
-                good.append(row)
-            except Exception as error:  # one picture never stops the job, whatever the processor finds wrong with it
+                # A connection that is lost is no fault of the picture: it ends the run.
+                cell = fetched(cell)
+            except FileNotFoundError:
+                reason = "there is no such file"
+            if reason is None:
+                try:
+                    pictures.append(preprocess(self.processor, [picture_of(cell, self.channels)]))
+                    good.append(row)
+                except Exception as error:  # one picture never stops the job, whatever is wrong with it
+                    reason = str(error)
+            if reason is not None:
                 key = batch.columns[self.id_column][row] if self.id_column else None
-                unreadable.append(Unreadable(batch.ids[row], key, str(error)))
+                unreadable.append(Unreadable(batch.ids[row], key, reason))
         return replace(
             batch,
             ids=[batch.ids[row] for row in good],

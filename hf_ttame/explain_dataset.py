@@ -209,9 +209,12 @@ def _patient(loader: Iterable[Batch], output: Output) -> Iterator[Batch]:
         except StopIteration:
             return
         except Exception as error:
-            hint = "fewer --workers or a smaller --batch-size need less memory; " if "worker" in str(error) else ""
+            reason = (str(error).strip() or type(error).__name__).splitlines()[
+                -1
+            ]  # a worker's begins with its traceback
+            hint = "fewer --workers or a smaller --batch-size need less memory; " if "worker" in reason else ""
             raise OSError(
-                f"the dataset cannot be read on: {error}; {len(output.finished()[0])} files are complete; {hint}run "
+                f"the dataset cannot be read on: {reason}; {len(output.finished()[0])} files are complete; {hint}run "
                 "the same command again to continue"
             ) from error
         yield batch

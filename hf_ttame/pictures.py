@@ -137,7 +137,10 @@ def image_column(dataset: datasets.IterableDataset, wanted: str | None = None) -
     named = [name for name in ("image", "img", "jpg", "jpeg", "png", "webp", "pixel_values") if name in columns]
     if len(typed) == 1 or named:
         return typed[0] if len(typed) == 1 else named[0]
-    raise ValueError(f"no image column found; name it with --image_column; the columns: {', '.join(columns)}")
+    raise ValueError(
+        "no image column found; name it with --image-column (training: --image_column); the columns: "
+        + ", ".join(columns)
+    )
 
 
 def undecoded(dataset: datasets.IterableDataset, column: str) -> datasets.IterableDataset:

@@ -496,6 +496,16 @@ def test_from_a_hub_and_back(
     folder = tmp_path / "folder"
     finish(run(server, folder, "explain-dataset", "org/folder", "--model", explainer, "--out", folder, "--workers", 1))
     assert [row["map"] for row in rows(folder)] == [row["map"] for row in rows(whole)[:3]]
+    fault = hub.fault("403", "GET /datasets/org/folder/resolve/.*png", times=99)
+    lost = run(
+        server, tmp_path / "lost", "explain-dataset", "org/folder", "--model", explainer, "--out", tmp_path / "lost"
+    )
+    text = finish(lost, 1)
+    hub.reset()
+    assert fault.hits
+    assert "the dataset cannot be read on: " in text
+    assert "Traceback" not in text
+    assert not list((tmp_path / "lost" / "data").iterdir())  # pictures that could not be fetched are not bad ones
 
     text = finish(run(server, tmp_path / "push", "push", out, "org/maps"))
     sent = hub.files("org/maps", "datasets")
