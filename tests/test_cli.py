@@ -41,7 +41,7 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for name in ("demo", "explain", "layers", "train", "evaluate", "compare"):
+    for name in ("demo", "explain", "explain-dataset", "layers", "train", "evaluate", "compare"):
         assert name in done.stdout
 
 
