@@ -4,8 +4,8 @@ import io
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Tensors this small are slower on two threads than on one: where another program wants a core, the threads wait for one
-# another at every operation (one test took 55 s instead of 2). One thread each also lets processes share the cores.
+# Tensors this small are slower on two threads than on one: where another program wants a core, the threads wait for
+# one another at every operation (one test took 55 s instead of 2). One thread each lets processes share the cores.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import sys
