@@ -190,6 +190,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--report", default=None, help="of the sweep: file to which a line per architecture is added")
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """The whole default run uses the cores, four at most; what is picked by name or marker stays in one process."""
+    whole = config.args_source is config.ArgsSource.TESTPATHS and not config.getoption("-m")
+    return min(4, os.cpu_count() or 1) if whole and not config.getoption("-k") else 0
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """`sweep` and `slow` run only when asked for by -m; the sweep in shards."""
     chosen = config.getoption("-m")
