@@ -190,6 +190,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--report", default=None, help="of the sweep: file to which a line per architecture is added")
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """The whole default run uses the cores, four at most; what is picked by name or marker stays in one process."""
     whole = config.args_source is config.ArgsSource.TESTPATHS and not config.getoption("-m")
