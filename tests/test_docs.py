@@ -55,11 +55,14 @@ PREPARED = {
 SMALLER = {
     "train": "--steps 2 --batch_size 4 --workers 0 --validation_size 4",
     "compare": "--rise-masks 8 --mosaics 1 --slow-limit 2 --curve-limit 1",
+    "explain-dataset": "--workers 0 --batch-size 4",
     "evaluate": "--sanity-images 4 --sanity-steps 2 --mosaics 1 --curve-limit 1",
 }
 # Commands whose arguments are checked, and why they are not run.
 NOT_RUN = {
     "ttame push": "needs the Hub and an account",
+    "ttame push-space": "needs the Hub and an account",
+    "ttame space": "serves until it is stopped",
     "ttame convert": "needs a checkpoint of hundreds of megabytes; tests/test_convert.py makes them",
     "pip install": "changes the environment",
     "pytest": "is what runs this",
@@ -68,7 +71,7 @@ NOT_RUN = {
     "python": "a script of the repository that takes minutes",
 }
 # Packages of other people's machines: blocks that import one are compiled, and their imports from here resolved.
-ELSEWHERE: dict[str, str] = {}
+ELSEWHERE = {"ray": "an existing cluster", "pyspark": "an existing cluster"}
 # Languages that are not run: each is parsed.
 PARSERS: dict[str, Callable[[str], Any]] = {
     "json": json.loads,
@@ -220,6 +223,8 @@ def _check_script(launch: Any) -> None:
         _check_training(launch.training_script_args)
     elif launch.module and launch.training_script == "hf_ttame.cli":
         _check_ttame(launch.training_script_args)
+    elif launch.module and launch.training_script == "hf_ttame.explain_dataset":
+        _check_ttame(["explain-dataset", *launch.training_script_args])
     else:
         raise ValueError(f"what {launch.training_script!r} takes is not known: see tests/test_docs.py")
 
