@@ -72,11 +72,19 @@ NOT_RUN = {
 }
 # Packages of other people's machines: blocks that import one are compiled, and their imports from here resolved.
 ELSEWHERE = {"ray": "an existing cluster", "pyspark": "an existing cluster"}
-# Languages that are not run: each is parsed.
+
+
+def _check_bibtex(text: str) -> None:
+    doi = yaml.safe_load((ROOT / "CITATION.cff").read_text())["preferred-citation"]["doi"]
+    assert text.count("{") == text.count("}"), "braces do not match"
+    assert doi in text, f"the paper of CITATION.cff has the DOI {doi}"
+
+
+# Languages that are not run: each is parsed. `text` that does not follow a block of Python may be anything.
 PARSERS: dict[str, Callable[[str], Any]] = {
     "json": json.loads,
     "yaml": yaml.safe_load,
-    "bibtex": lambda text: [text.count("{")].index(text.count("}")),
+    "bibtex": _check_bibtex,
     "text": str,
 }
 
@@ -298,7 +306,8 @@ def test_the_index_names_every_page() -> None:
         ("bash", 'pip install ".[everything]"', "no extra.*everything"),
         ("bash", "python benchmarks/inference.py --turns 3", "--turns"),
         ("json", "{", "JSONDecodeError"),
-        ("bibtex", "@article{a, title={b}", "ValueError"),
+        ("bibtex", "@article{a, title={b}", "braces do not match"),
+        ("bibtex", "@article{a, doi={10.1000/1}}", "has the DOI"),
     ],
 )
 def test_a_wrong_block_is_noticed(language: str, text: str, message: str, reader: Reader) -> None:
