@@ -54,9 +54,9 @@ PREPARED = {
 # Arguments that are added to a command to make it quick.
 SMALLER = {
     "train": "--steps 2 --batch_size 4 --workers 0 --validation_size 4",
-    "compare": "--rise-masks 8 --mosaics 1 --slow-limit 2 --curve-limit 1",
+    "compare": "--limit 3 --rise-masks 8 --mosaics 1 --slow-limit 1 --curve-limit 1",
     "explain-dataset": "--workers 0 --batch-size 4",
-    "evaluate": "--sanity-images 4 --sanity-steps 2 --mosaics 1 --curve-limit 1",
+    "evaluate": "--limit 3 --sanity-images 4 --sanity-steps 2 --mosaics 1 --curve-limit 1",
 }
 # Commands whose arguments are checked, and why they are not run.
 NOT_RUN = {
