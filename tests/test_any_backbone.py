@@ -114,17 +114,15 @@ def test_timm(name):
     assert not unplaced
 
 
-@pytest.mark.parametrize("name", SMALL_TIMM_SAMPLE)
-def test_small_timm(name):
-    module, processor = make_small_timm(name, **SMALL_TIMM_SAMPLE[name])
-    side = processor.size["height"]
-    _, unplaced = try_full(module, processor, (3, side, side), train=True)
-    assert not unplaced
+def make_small(name: str) -> tuple[nn.Module, Any]:
+    if name in SMALL_TIMM_SAMPLE:
+        return make_small_timm(name, **SMALL_TIMM_SAMPLE[name])
+    return make_transformers(name, **TRANSFORMERS_SAMPLE[name])
 
 
-@pytest.mark.parametrize("name", TRANSFORMERS_SAMPLE)
-def test_transformers(name):
-    module, processor = make_transformers(name, **TRANSFORMERS_SAMPLE[name])
+@pytest.mark.parametrize("name", [*SMALL_TIMM_SAMPLE, *TRANSFORMERS_SAMPLE])
+def test_small(name):
+    module, processor = make_small(name)
     side = processor.size["height"]
     _, unplaced = try_full(module, processor, (3, side, side), train=True)
     assert not unplaced
@@ -225,7 +223,7 @@ def test_every_transformers_class(name, request):
 )
 def test_a_wrong_grid_is_noticed(name, wrong, monkeypatch):
     if name in SMALL_TIMM_SAMPLE:
-        module, processor = make_small_timm(name, **SMALL_TIMM_SAMPLE[name])
+        module, processor = make_small(name)
         side = processor.size["height"]
     else:
         module, processor = make_timm(name), None
@@ -250,7 +248,7 @@ def test_a_wrong_grid_is_noticed(name, wrong, monkeypatch):
 
 
 def test_tokens_in_mask_unit_order_are_refused():
-    module, processor = make_small_timm("hiera_tiny_224", **SMALL_TIMM_SAMPLE["hiera_tiny_224"])
+    module, processor = make_small("hiera_tiny_224")
     with pytest.raises(ValueError, match=r"mask-unit order.*hidden_states\[2\]"):
         TTameModel.from_backbone(module, processor=processor, feature_layers=["blocks.1", "blocks.2"])
 

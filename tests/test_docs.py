@@ -43,6 +43,8 @@ EXTRAS = PROJECT["optional-dependencies"]
 PREPARED = {
     "photo.jpg": "photo.jpg",
     "other.jpg": "other.jpg",
+    "a.jpg": "photo.jpg",
+    "b.jpg": "other.jpg",
     "path/to/explainer": "explainer",
     "path/to/this/folder": "explainer",
     "runs/my-vit/explainer": "explainer",
