@@ -42,6 +42,7 @@ from .layer_choice import choose_layers, find_pooled_classifier
 from .masking import min_max
 from .saving import (
     add_remote_code,
+    align,
     check_download,
     fetch_weights,
     fingerprint,
@@ -231,6 +232,7 @@ class TTameModel(PreTrainedModel):
 
     def _attach(self, backbone: nn.Module, processor: Any) -> None:
         self.backbone = backbone.eval().requires_grad_(False)
+        align(self)
         self.image_processor = processor
         self._keys_to_ignore_on_save = [f"backbone.{key}" for key in backbone.state_dict()]
         self._placements.clear()
