@@ -173,11 +173,12 @@ class Reader:
 
     def train(self, arguments: list[str]) -> None:
         """In this process; that `ttame train` hands its arguments on is tested elsewhere."""
-        from training.train import main
+        from training import train
 
+        self.monkeypatch.setattr(train, "keep_freed_memory", lambda: None)  # it would hold for the whole process
         output = Path(arguments[arguments.index("--output") + 1])
         shutil.rmtree(output, ignore_errors=True)  # prepared for the pages that only use it
-        assert main(arguments) == 0
+        assert train.main(arguments) == 0
 
     def check_command(self, words: list[str]) -> None:
         if words[0] == "ttame":
