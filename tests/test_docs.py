@@ -56,7 +56,7 @@ PREPARED = {
 # Arguments that are added to a command to make it quick.
 SMALLER = {
     "train": "--steps 2 --batch_size 4 --workers 0 --validation_size 4",
-    "compare": "--limit 3 --rise-masks 8 --mosaics 1 --slow-limit 1 --curve-limit 1",
+    "compare": "--metrics confidence --limit 3 --rise-masks 8 --slow-limit 1",
     "explain-dataset": "--workers 0 --batch-size 4",
     "evaluate": "--limit 3 --sanity-images 4 --sanity-steps 2 --mosaics 1 --curve-limit 1",
 }
