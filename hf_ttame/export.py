@@ -1,4 +1,4 @@
-"""The explainer as one ONNX graph: pixel values to logits and maps, checked against PyTorch before it gets its name."""
+"""The explainer as one ONNX graph: pixel values to logits and maps, checked against PyTorch before it gets a name."""
 
 import importlib.util
 import json
@@ -19,6 +19,7 @@ from torch import nn
 from .answers import probabilities
 from .head import fold
 from .image_processing import ImageInput, Picture, load_image, load_picture, preprocess
+from .masking import min_max
 from .modeling_ttame import TTameModel
 
 CLASSES = ("predicted", "given", "all")
@@ -60,7 +61,12 @@ class ExplainerGraph(nn.Module):
             class_ids = logits.topk(self.top, dim=1).indices
         map_logits = self.head(features, class_ids)
         chosen = (class_ids,) if self.top and class_ids is not None else ()
-        return logits, scores, *chosen, map_logits, self.model.scale_maps(map_logits)
+        values = map_logits
+        if self.model.config.map_scaling == "sigmoid":
+            # The sigmoid. onnxruntime's own one is off by 1e-7, which min-max enlarges where a class is absent and its
+            # mask faint; this form is exact relative to its value.
+            values = map_logits.clamp(max=0).exp() / (1 + (-map_logits.abs()).exp())
+        return logits, scores, *chosen, map_logits, min_max(values)
 
     @torch.no_grad()
     def example(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -112,8 +118,8 @@ def export_onnx(
     Args:
         model: an explainer in eval mode, float32, on the CPU.
         path: ends in ".onnx".
-        classes: "predicted"; "given": a second input `class_ids` (B, N) int64; "all"; "top5" (or another number): those
-            with the highest scores, the highest first.
+        classes: "predicted"; "given": a second input `class_ids` (B, N) int64; "all"; "top5" (any number): those with
+            the highest scores, the highest first.
         batch: None: free. A number fixes it, for backbones that cannot leave it open.
         check: photographs to compare on; empty: those that the package ships. Unreadable ones are skipped.
         tolerance: largest difference: absolute for scores and maps; for logits and map logits relative to the largest
@@ -160,7 +166,7 @@ def export_onnx(
             exact = part.rename(part.with_name("exact.onnx"))
             values = groups(preprocess(model.image_processor, measured), batch or 1)
             quantise(exact, part, [graph.example(value) for value in values])
-            agreement = agree(exact, part, inputs)
+            agreement = agree(exact, part, inputs[0 if batch else 1 :], len(pictures))
         checked = {"pictures": len(pictures), "largest_differences": differences, "int8": agreement}
         beside = Path(folder, "part.json")
         beside.write_text(json.dumps({**facts, "check": checked}, indent=1, ensure_ascii=False) + "\n", "utf-8")
@@ -198,7 +204,7 @@ def _check_arguments(model: TTameModel, target: Path, batch: int | None) -> None
 
 
 def _open(images: Sequence[ImageInput], channels: int) -> tuple[list[Picture], list[str]]:
-    """Pictures for the backbone, without `images` the shipped ones; and what is wrong with those that are unreadable."""
+    """Pictures for the backbone, without `images` the shipped ones; and what is wrong with unreadable ones."""
     chosen = images or [_shipped(path, channels) for path in sorted(_PHOTOGRAPHS.glob("*.jpg"))]
     pictures, skipped = [], []
     for image in chosen:

@@ -16,7 +16,7 @@ _TOGETHER = 8
 
 
 def groups(pixel_values: torch.Tensor, batch: int | None) -> list[torch.Tensor]:
-    """Pictures (P, C, H, W) in batches: with a free batch one alone, then all; with a fixed one repeated to fill it."""
+    """Pictures (P, C, H, W) in batches: of a free size one alone, then all; of a fixed one, repeated to fill it."""
     if batch is None:
         return [pixel_values[:1], *pixel_values.split(_TOGETHER)]
     filled = -(-len(pixel_values) // batch) * batch

@@ -4,7 +4,6 @@ import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -74,23 +73,24 @@ def _weights_of(path: Path, operators: tuple[str, ...]) -> int:
     return sum(size for name, size in sizes.items() if name in used)
 
 
-def agree(exact: Path, quantised: Path, batches: Sequence[Inputs]) -> dict[str, float | int]:
-    """How far a quantised graph says the same as the exact one.
+def agree(exact: Path, quantised: Path, batches: Sequence[Inputs], images: int) -> dict[str, float | int]:
+    """How far a quantised graph says the same as the exact one on the first `images` pictures of the batches.
 
     Returns:
         images; top1: share of images with the same predicted class; map_correlation: mean Pearson correlation of the
         maps of the same class; maps: how many those are; largest_score_difference.
     """
     sessions = open_session(exact), open_session(quantised)
-    same, correlations, scores = [], [], [0.0]
+    same, correlations, scores = [], [], []
     for inputs in batches:
         ours, other = (run(session, inputs) for session in sessions)
-        same += list(ours["scores"].argmax(1) == other["scores"].argmax(1))
-        scores.append(float(np.abs(ours["scores"] - other["scores"]).max()))
-        for image in range(len(ours["scores"])):
+        for image in range(min(len(ours["scores"]), images - len(same))):
+            first, second = ours["scores"][image], other["scores"][image]
+            same.append(first.argmax() == second.argmax())
+            scores.append(float(np.abs(first - second).max()))
             correlations += _correlations(ours, other, image)
     return {
-        "images": len(same),
+        "images": images,
         "top1": round(float(np.mean(same)), 4),
         "map_correlation": round(float(np.mean(correlations)), 4) if correlations else float("nan"),
         "maps": len(correlations),

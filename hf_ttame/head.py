@@ -153,10 +153,10 @@ def fold(head: TTameHead) -> TTameHead:
         branch_activation=head.branch_activation,
         last_layer_relu=head.last_layer_relu,
     )
-    for layer, conv in enumerate(folded.convs):
-        weight, bias = head._folded(layer)
-        conv.weight.copy_(weight)
-        conv.bias.copy_(bias)
+    for layer, module in enumerate(folded.convs):
+        conv: Any = module
+        for tensor, value in zip((conv.weight, conv.bias), head._folded(layer), strict=True):
+            tensor.copy_(value)
     folded.fuser.load_state_dict(head.fuser.state_dict())
     return folded.eval()
 
