@@ -81,12 +81,14 @@ def agree(exact: Path, quantised: Path, batches: Sequence[Inputs], images: int) 
         maps of the same class; maps: how many those are; largest_score_difference.
     """
     sessions = open_session(exact), open_session(quantised)
-    same, correlations, scores = [], [], []
+    same: list[bool] = []
+    correlations: list[float] = []
+    scores: list[float] = []
     for inputs in batches:
         ours, other = (run(session, inputs) for session in sessions)
         for image in range(min(len(ours["scores"]), images - len(same))):
             first, second = ours["scores"][image], other["scores"][image]
-            same.append(first.argmax() == second.argmax())
+            same.append(bool(first.argmax() == second.argmax()))
             scores.append(float(np.abs(first - second).max()))
             correlations += _correlations(ours, other, image)
     return {
