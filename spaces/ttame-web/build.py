@@ -1,6 +1,6 @@
 """Put the complete static Space into a folder: pages, photographs, the exported explainer, onnxruntime-web from npm.
 
-    python build.py OUT
+python build.py OUT
 """
 
 import argparse
@@ -56,7 +56,9 @@ def add_explainer(target: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder to fill; files of an earlier build are replaced")
-    parser.add_argument("--explainer", type=Path, help="an .onnx file exported with --classes top5; default: export now")
+    parser.add_argument(
+        "--explainer", type=Path, help="an .onnx file exported with --classes top5; default: export now"
+    )
     arguments = parser.parse_args()
     try:
         (arguments.out / "photographs").mkdir(parents=True, exist_ok=True)

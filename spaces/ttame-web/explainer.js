@@ -71,7 +71,7 @@ export function prepare(image, recipe) {
       for (let c = 0; c < 3; c++) {
         let sum = 0, at = (y * image.width + first) * 4 + c;
         for (let t = 0; t < taps.length; t++, at += 4) sum += taps[t] * image.data[at];
-        narrow[(y * cropW + x) * 3 + c] = Math.floor(sum + 0.5);
+        narrow[(y * cropW + x) * 3 + c] = Math.floor(sum / ONE + 0.5);
       }
     }
   }
@@ -82,7 +82,7 @@ export function prepare(image, recipe) {
       for (let c = 0; c < 3; c++) {
         let sum = 0, at = (first * cropW + x) * 3 + c;
         for (let t = 0; t < taps.length; t++, at += cropW * 3) sum += taps[t] * narrow[at];
-        const pixel = Math.min(255, Math.max(0, Math.floor(sum + 0.5))) / 255;
+        const pixel = Math.min(255, Math.max(0, Math.floor(sum / ONE + 0.5))) / 255;
         values[(c * cropH + y) * cropW + x] = (pixel - recipe.mean[c]) / recipe.std[c];
       }
     }
@@ -90,6 +90,7 @@ export function prepare(image, recipe) {
   return values;
 }
 
+const ONE = 2 ** 22; // Pillow's weights are whole numbers of this unit; with others some pixels would be one level off
 const KERNELS = {
   bilinear: [1, (x) => Math.max(0, 1 - Math.abs(x))],
   bicubic: [2, (x) => {
@@ -107,7 +108,7 @@ function weights(from, to, [radius, kernel]) {
     const first = Math.max(0, Math.floor(centre - reach + 0.5)), last = Math.min(from, Math.floor(centre + reach + 0.5));
     const taps = Array.from({ length: last - first }, (_, t) => kernel((first + t - centre + 0.5) / widen));
     const sum = taps.reduce((a, b) => a + b, 0);
-    return { first, taps: Float64Array.from(taps, (tap) => tap / sum) };
+    return { first, taps: Float64Array.from(taps, (tap) => Math.round((tap / sum) * ONE)) };
   });
 }
 
