@@ -27,6 +27,7 @@ TOLERANCE = 1e-4
 OPSET = 20
 METADATA_KEY = "ttame"
 _LARGEST = 2**31 - 2**20  # bytes; a protobuf message holds 2 GiB
+_FIXED = "its batch has to be fixed: pass batch=1, or --batch 1"
 _PHOTOGRAPHS = Path(str(files("hf_ttame"))) / "assets" / "photographs"
 
 
@@ -259,9 +260,12 @@ def _write(graph: ExplainerGraph, part: Path, batch: int | None, facts: dict[str
         while cause.__cause__ is not None:
             cause = cause.__cause__
         reason = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
-        advice = "; its batch may have to be fixed: batch=1, or --batch 1" if batch is None else ""
+        advice = f"; {_FIXED}" if batch is None else ""
         raise ValueError(f"{facts['backbone']['architecture']} cannot be exported: {reason}{advice}") from error
     proto = program.model_proto
+    dimensions = proto.graph.input[0].type.tensor_type.shape.dim
+    if batch is None and not dimensions[0].dim_param:  # torch's exporter falls back to the size of the example
+        raise ValueError(f"{facts['backbone']['architecture']} does not leave its batch open; {_FIXED}")
     if proto.ByteSize() > _LARGEST:
         raise ValueError(f"one ONNX file holds at most 2 GiB, this explainer needs {proto.ByteSize() / 2**30:.1f}")
     entry = proto.metadata_props.add()

@@ -32,8 +32,8 @@ _MODEL_FILES = re.compile(
 )
 _WEIGHT_FILES = re.compile(r"backbone/.+|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 _DATASET_FILES = re.compile(r"(.+/)?[^/]+\.parquet|README\.md|LICENSE(\.\w+)?|[^/]+\.json")
-_SPACE_FILES = re.compile(r"(.+/)?([^/]+\.(py|md|txt|ya?ml|css|html|js|json|toml)|LICENSE)")
-_BINARY = (".safetensors", ".parquet", *PICTURES)
+_SPACE_FILES = re.compile(r"(.+/)?([^/]+\.(py|md|txt|ya?ml|css|html|m?js|json|toml|onnx|wasm)|LICENSE)")
+_BINARY = (".safetensors", ".parquet", ".onnx", ".wasm", *PICTURES)
 _HIDDEN = ("__pycache__", "node_modules")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}|\b(?:hf_oauth|hf_jwt|api_org)_[\w.-]{16,}")
 _PATH_IN_TEXT = re.compile(

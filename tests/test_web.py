@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from hf_ttame import TTameModel
+from hf_ttame.hub import check_contents, files_to_push
 from hf_ttame.image_processing import preprocess
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
@@ -49,6 +50,9 @@ def site(lite_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     if "npm could not fetch" in done.stderr:
         pytest.skip(done.stderr)
     assert done.returncode == 0, done.stderr
+    sent, left_out = files_to_push(folder, "space", include_examples=True)  # `ttame push` takes all of it
+    check_contents(folder, sent, include_examples=True)
+    assert [file.name for file in left_out] == []
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}/"

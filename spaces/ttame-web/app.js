@@ -9,6 +9,7 @@ let turn = 0; // a newer picture overtakes one that is still being computed
 function say(text, bad = false) {
   $("status").textContent = text;
   $("status").classList.toggle("bad", bad);
+  if (bad) $("status").scrollIntoView({ block: "nearest" });
 }
 
 const loading = load((share) => say(`Loading the explainer … ${Math.round(100 * share)} %`))
