@@ -12,9 +12,9 @@ After the warm-up every round runs each variant once, in an order that changes f
 medians over the rounds of the ratios within a round: a load that comes and goes falls on all alike. Above 1
 onnxruntime is the faster one.
 
-MODELS: "efficientnet-lite0" (the shipped explainer), a folder with a classifier (an untrained head is put on it), or with
-random weights "transformers:vit", "transformers:swin", "transformers:convnext" (the library's default configurations:
-ViT-B/16, Swin-T, ConvNeXt-T) and timm architectures.
+MODELS: "efficientnet-lite0" (the shipped explainer), a folder with a classifier (an untrained head is put on it), or
+with random weights "transformers:vit", "transformers:swin", "transformers:convnext" (the library's default
+configurations: ViT-B/16, Swin-T, ConvNeXt-T) and timm architectures.
 
 --pictures and --calibration are folders of photographs: to check on, which is also where int8 is judged, and to
 calibrate int8. By default both are the three photographs of the package, too few to judge int8.
