@@ -84,8 +84,8 @@ class ExportReport:
     """What was written and how it compares with PyTorch.
 
     path, facts: the two files. megabytes: of the graph (10^6 bytes). differences: largest difference per output, on
-    `pictures` photographs; `skipped` names those that could not be read. agreement: of an int8 graph with the exact
-    one (see `export_int8.agree`).
+    `pictures` photographs. skipped: which pictures could not be read, of the calibration too, and why. agreement: of an
+    int8 graph with the exact one (see `export_int8.agree`).
     """
 
     path: Path
@@ -149,7 +149,10 @@ def export_onnx(
     _check_arguments(model, target, batch)
     graph = ExplainerGraph(model, classes).eval()
     pictures, skipped = _open(check, len(model.config.pixel_scale))
-    measured, _ = _open(calibration, len(model.config.pixel_scale))
+    measured: list[Picture] = []
+    if int8:
+        measured, unreadable = _open(calibration, len(model.config.pixel_scale))
+        skipped += unreadable
     facts = describe(model, classes, batch, licence, pictures)
     if facts["preprocessing"] is None:
         warnings.warn(

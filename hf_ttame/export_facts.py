@@ -43,7 +43,11 @@ def describe(model: Any, classes: str, batch: int | None, licence: str | None, p
         "outputs": {
             "logits": f"(B, {config.num_labels}) float32",
             "scores": f"(B, {config.num_labels}) float32, probabilities",
-            "class_ids": "(B, N) int64, the classes of the maps; the highest score first where the graph chose them",
+            **(
+                {}
+                if classes in ("given", "all")
+                else {"class_ids": "(B, N) int64, the classes of the maps, the highest score first"}
+            ),
             "map_logits": f"(B, N, {grid[0]}, {grid[1]}) float32, raw",
             "maps": f"(B, N, {grid[0]}, {grid[1]}) float32 in [0, 1], min-max scaled per map; they cover the input: "
             "resize them bilinearly, pixel centres at half integers",
@@ -74,12 +78,15 @@ def describe_preprocessing(processor: Any, config: Any, pictures: Sequence[Pictu
     if len(scale) != 3 or not all(isinstance(picture, Image.Image) for picture in pictures):
         return None  # Pillow has no pictures of other channels
     expected = preprocess(processor, pictures)
+    resample = getattr(processor, "resample", None)
     found = None
     for resize, crop in _geometries(processor, tuple(config.image_size)):
         description = {
             "mode": "RGB",
             "resize": resize,
-            "resample": Image.Resampling(int(getattr(processor, "resample", None) or 2)).name.lower(),
+            "resample": Image.Resampling(
+                Image.Resampling.BILINEAR if resample is None else int(resample)
+            ).name.lower(),
             "crop": crop,
             "mean": np.round(-shift / scale, 7).tolist(),  # of a pixel in [0, 1]: (pixel - mean) / std
             "std": np.round(1 / scale, 7).tolist(),

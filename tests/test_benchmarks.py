@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -31,6 +33,20 @@ def test_inference_ends_in_one_json_line():
         assert figures[f"{variant}_ms"] > 0
     assert figures["largest_map_difference"] < 1e-3
     assert "memory" not in figures
+
+
+@pytest.mark.slow
+def test_export_ends_in_one_json_line(tmp_path):
+    pytest.importorskip("onnxscript")
+    written = tmp_path / "export.json"
+    done = run("export.py", "--models", "test_resnet", "--rounds", "1", "--int8", "--output", str(written))
+    assert done.returncode == 0, done.stderr
+    assert written.read_text() == done.stdout
+    figures = json.loads(done.stdout)["models"]["test_resnet"]
+    assert figures["pytorch_over_onnxruntime"] > 0
+    assert max(figures["largest_differences"].values()) < 1e-4
+    assert figures["int8_mb"] < figures["float32_mb"]
+    assert figures["int8_agreement"]["images"] == 3
 
 
 def test_inference_refuses_no_rounds():

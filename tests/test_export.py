@@ -1,11 +1,12 @@
 """The exported graph: equal to PyTorch, complete in itself, and refused in words where it cannot be."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +14,21 @@ import torch
 from conftest import CLASSES, make_vit, randomised, vit_processor
 from PIL import Image
 from torch import nn
-from transformers import SwinConfig, SwinForImageClassification
+from transformers import (
+    BitImageProcessor,
+    ConvNextImageProcessor,
+    DeiTImageProcessor,
+    LevitImageProcessor,
+    SwinConfig,
+    SwinForImageClassification,
+    ViTImageProcessor,
+)
+from typer.testing import CliRunner
 
 from hf_ttame import TTameModel
+from hf_ttame.cli import app
+from hf_ttame.export_facts import describe_preprocessing
+from hf_ttame.image_processing import load_image, measure_normalisation
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -265,15 +278,57 @@ def test_what_is_no_explainer_is_named(vit_folder: Path) -> None:
         TTameModel.from_pretrained(vit_folder)
 
 
+@pytest.mark.parametrize(
+    ("processor", "resize", "crop"),
+    [
+        (vit_processor(), {"height": 64, "width": 64}, None),
+        (BitImageProcessor(size={"shortest_edge": 80}, crop_size={"height": 64, "width": 64}), 80, [64, 64]),
+        (ConvNextImageProcessor(size={"shortest_edge": 64}), 73, [64, 64]),  # a hidden crop_pct of 0.875
+        (LevitImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}), 73, [64, 64]),
+        (DeiTImageProcessor(size={"height": 72, "width": 72}, crop_size={"height": 64, "width": 64}), 72, [64, 64]),
+    ],
+)
+def test_the_preprocessing_is_what_reproduces_the_processor(processor: Any, resize: Any, crop: Any) -> None:
+    measured = measure_normalisation(processor)
+    config = SimpleNamespace(pixel_scale=measured.scale, pixel_shift=measured.shift, image_size=measured.size)
+    pictures = [load_image(path) for path in PHOTOGRAPHS]
+    found = describe_preprocessing(processor, config, pictures)
+    assert found is not None
+    assert resize in (found["resize"], *found["resize"].values())
+    assert found["crop"] == crop
+    assert found["largest_pixel_difference"] < 0.03
+    np.testing.assert_allclose(found["mean"], processor.image_mean, atol=1e-5)
+    np.testing.assert_allclose(found["std"], processor.image_std, atol=1e-5)
+
+
+def test_a_preprocessing_that_cannot_be_described_is_left_out() -> None:
+    class Turning(ViTImageProcessor):
+        def __call__(self, images: Any, **arguments: Any) -> Any:
+            return super().__call__(images.rotate(90), **arguments)
+
+    config = SimpleNamespace(pixel_scale=(2.0,) * 3, pixel_shift=(-1.0,) * 3, image_size=(64, 64))
+    picture = load_image(PHOTOGRAPHS[0])
+    for kind, expected in ((ViTImageProcessor, False), (Turning, True)):
+        processor = kind(size={"height": 64, "width": 64})
+        assert (describe_preprocessing(processor, config, [picture]) is None) == expected
+
+
+def test_the_example_refuses_other_files_in_words(tmp_path: Path) -> None:
+    (tmp_path / "x.onnx").write_text("no graph")
+    done = subprocess.run([sys.executable, str(SERVE), str(tmp_path / "x.onnx")], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "serve_onnx: " in done.stderr
+    assert "cannot be opened" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_the_command(cnn: TTameModel, tmp_path: Path) -> None:
     cnn.save_pretrained(tmp_path / "cnn")
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     arguments = (tmp_path / "cnn", tmp_path / "out.onnx", "--classes", "top2")
     pictures = ("--check", PHOTOGRAPHS[0].parent, "--check", tmp_path / "broken.jpg")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "hf_ttame.cli", "export", *map(str, (*arguments, *pictures))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
-    assert done.returncode == 0, done.stderr
+    done = CliRunner().invoke(app, ["export", *map(str, (*arguments, *pictures))])
+    assert done.exit_code == 0, done.output
     assert "on 3 pictures, largest differences: logits" in done.stdout
     assert "skipped: " in done.stderr
     assert "broken.jpg" in done.stderr
