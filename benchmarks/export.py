@@ -1,6 +1,6 @@
 """The exported graph under onnxruntime beside the same explainer under PyTorch, on the CPU.
 
-    python benchmarks/export.py --rounds 30 --int8 --web --output benchmarks/export.json
+    python benchmarks/export.py --int8 --web --pictures IMAGENETTE --calibration IMAGENETTE --output export.json
 
 Per backbone: the largest differences on real photographs, the size of the file, and the time of one explanation
 (scores of all classes and the map of the predicted class, at map size) for the same batch of photographs:
@@ -16,8 +16,9 @@ MODELS: "efficientnet-lite0" (the shipped explainer), a folder with a classifier
 with random weights "transformers:vit", "transformers:swin", "transformers:convnext" (the library's default
 configurations: ViT-B/16, Swin-T, ConvNeXt-T) and timm architectures.
 
---pictures and --calibration are folders of photographs: to check on, which is also where int8 is judged, and to
-calibrate int8. By default both are the three photographs of the package, too few to judge int8.
+--pictures are photographs to check on, where int8 is judged too; --calibration those that int8 is calibrated on. Each is
+a folder of pictures, or of parquet files, of which the validation and the train part are read. By default both are the
+three photographs of the package, too few to judge int8.
 
 --web builds the static Space with the EfficientNet-Lite0 graph and measures in headless Chromium, with one thread and
 with several (where the page is cross-origin isolated): the graph alone, and all from the pixels of the picture to five
@@ -88,11 +89,17 @@ def build(name: str) -> TTameModel:
     return TTameModel.from_backbone(name, pretrained=Path(name).is_dir())
 
 
-def pictures_in(folder: Path) -> list[Path]:
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
-    if not found:
-        raise SystemExit(f"{folder} holds no .jpg, .jpeg or .png")
-    return found
+def photographs(source: Path, split: str, limit: int) -> list[Any]:
+    """Up to `limit` pictures of a folder of pictures, or of the split of a folder of parquet files, spread evenly."""
+    cells: list[Any] = sorted(path for path in source.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    if not cells:
+        from hf_ttame.pictures import decode, image_column, open_stream, undecoded
+
+        dataset = open_stream(str(source), split=split)
+        column = image_column(dataset)
+        rows = [row[column] for row in undecoded(dataset, column)]
+        return [decode(row) for row in rows[:: max(1, len(rows) // limit)][:limit]]
+    return cells[:: max(1, len(cells) // limit)][:limit]
 
 
 def run_pytorch(model: TTameModel, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -129,7 +136,7 @@ def interleave(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str,
 def measure(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Export, sizes, differences, times of one model."""
     model = build(name)
-    check = pictures_in(arguments.pictures)
+    check = photographs(arguments.pictures, "validation", arguments.limit)
     begin = time.perf_counter()
     report = export_onnx(model, folder / "exact.onnx", check=check)
     figures: dict[str, Any] = {
@@ -144,7 +151,7 @@ def measure(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
     pixel_values = preprocess(model.image_processor, chosen)
     variants: dict[str, Callable[[], Any]] = {"onnxruntime": run_onnx(report.path, pixel_values)}
     if arguments.int8:
-        calibration = pictures_in(arguments.calibration)
+        calibration = photographs(arguments.calibration, "train", arguments.limit)
         small = export_onnx(model, folder / "int8.onnx", check=check, int8=True, calibration=calibration)
         figures |= {"int8_mb": small.megabytes, "int8_agreement": small.agreement}
         variants["int8"] = run_onnx(small.path, pixel_values)
@@ -235,10 +242,11 @@ def main() -> None:
     parser.add_argument("--web", action="store_true", help="also in Chromium; needs playwright, npm and Chromium")
     parser.add_argument("--pictures", type=Path, default=PHOTOGRAPHS)
     parser.add_argument("--calibration", type=Path, default=PHOTOGRAPHS)
+    parser.add_argument("--limit", type=int, default=200, help="pictures of each")
     parser.add_argument("--output", type=Path, help="file for the JSON line")
     arguments = parser.parse_args()
-    if arguments.rounds < 1 or arguments.batch < 1:
-        parser.error("--rounds and --batch must be at least 1")
+    if min(arguments.rounds, arguments.batch, arguments.limit) < 1:
+        parser.error("--rounds, --batch and --limit must be at least 1")
 
     summary: dict[str, Any] = {
         "benchmark": "export",

@@ -98,8 +98,8 @@ class TTameConfig(PretrainedConfig):
         Raises:
             ValueError: it is the config of another kind of model.
         """
-        if "feature_layers" not in config_dict:
-            kind = config_dict.get("model_type") or config_dict.get("architecture") or "unknown"
+        kind = config_dict.get("model_type") or config_dict.get("architecture") or "unknown"
+        if kind != cls.model_type and "feature_layers" not in config_dict:
             raise ValueError(
                 f"this is no explainer: its config.json is of the kind {kind!r}, not 'ttame'; `ttame train` makes an "
                 "explainer of a classifier, TTameModel.from_backbone one with an untrained head"
