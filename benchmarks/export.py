@@ -16,9 +16,9 @@ MODELS: "efficientnet-lite0" (the shipped explainer), a folder with a classifier
 with random weights "transformers:vit", "transformers:swin", "transformers:convnext" (the library's default
 configurations: ViT-B/16, Swin-T, ConvNeXt-T) and timm architectures.
 
---pictures are photographs to check on, where int8 is judged too; --calibration those that int8 is calibrated on. Each is
-a folder of pictures, or of parquet files, of which the validation and the train part are read. By default both are the
-three photographs of the package, too few to judge int8.
+--pictures are photographs to check on, where int8 is judged too; --calibration those that int8 is calibrated on. Each
+is a folder of pictures, or of parquet files, of which the validation and the train part are read. By default both are
+the three photographs of the package, too few to judge int8.
 
 --web builds the static Space with the EfficientNet-Lite0 graph and measures in headless Chromium, with one thread and
 with several (where the page is cross-origin isolated): the graph alone, and all from the pixels of the picture to five

@@ -84,8 +84,8 @@ class ExportReport:
     """What was written and how it compares with PyTorch.
 
     path, facts: the two files. megabytes: of the graph (10^6 bytes). differences: largest difference per output, on
-    `pictures` photographs. skipped: why pictures could not be read, of the calibration too. agreement: of an int8 graph
-    with the exact one (see `export_int8.agree`).
+    `pictures` photographs. skipped: why pictures could not be read, of the calibration too. agreement: how an int8
+    graph agrees with the exact one (see `export_int8.agree`).
     """
 
     path: Path
