@@ -164,7 +164,7 @@ def export_onnx(
     with _folder_beside(target) as folder:
         part = Path(folder, "part.onnx")
         _write(graph, part, batch, facts)
-        differences = compare(graph, part, inputs, tolerance)
+        differences = compare(model, part, inputs, tolerance)
         agreement = None
         if int8:
             exact = part.rename(part.with_name("exact.onnx"))
