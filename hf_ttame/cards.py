@@ -22,7 +22,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from .configuration_ttame import TTameConfig
 from .head import TTameHead
-from .saving import is_local_path
+from .saving import is_local_path, write_whole
 
 GENERATED = "Written by `ttame card`. Change card.json or report.json and run it again, or remove this line."
 NOT_MEASURED = "not measured"
@@ -68,12 +68,7 @@ def write_card(folder: str | os.PathLike, repo_id: str | None = None, output: Pa
     text = render_card(folder, repo_id)
     target = output or Path(folder, "README.md")
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(target, text)
     return target
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ _REMOTE_CODE = "from hf_ttame import TTameConfig, TTameModel  # pip install hf-t
 _AUTO_MAP = {"AutoConfig": "TTameConfig", "AutoModel": "TTameModel", "AutoModelForImageClassification": "TTameModel"}
 # What the Hub's client raises; its HTTP library, whose errors it lets through, is not the same in all its versions.
 HUB_ERRORS: tuple[type[Exception], ...] = (HfHubHTTPError, *HfHubHTTPError.__bases__, OSError, RuntimeError)
+_ALIGNMENT = 64  # bytes, of torch's own CPU memory
 _TRIES, _WAIT, _LONGEST_WAIT = 4, 0.5, 60.0  # seconds; the wait is doubled after every try
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 _Result = TypeVar("_Result")
@@ -40,6 +42,17 @@ def fingerprint(backbone: nn.Module) -> str:
         digest.update(sample.numpy().tobytes())
     dtype = str(next(backbone.parameters()).dtype).removeprefix("torch.")
     return f"{dtype}:{digest.hexdigest()[:32]}"
+
+
+def align(module: nn.Module) -> None:
+    """Give weights that lie in a memory-mapped file memory of their own, aligned as torch aligns it.
+
+    safetensors maps a file, so a weight may begin at any byte; CPU kernels round differently there. Without this a
+    reloaded explainer differs from the saved one in the last bits, on some processors.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT:
+            tensor.data = tensor.data.clone()
 
 
 def portable_config(backbone: nn.Module) -> dict[str, Any]:
@@ -163,6 +176,36 @@ def check_download(repo_id: str, revision: str | None, cache_dir: Any = None) ->
                 f"{file.name!r} of {repo_id!r} was damaged on its way: its checksum is {digest.hexdigest()[:12]}, the "
                 f"Hub announced {blob.name[:12]}; it was removed from the cache, load again to fetch it anew"
             )
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that has its name only when it is complete, also where several processes write it at once."""
+    part = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def lock_settings(folder: Path, record: dict[str, Any], main: bool) -> None:
+    """Write settings.json, or check that an earlier run in the folder was made with the same ones.
+
+    Raises:
+        ValueError: it was not; the message names the differences.
+    """
+    file = folder / "settings.json"
+    if file.exists():
+        earlier, new = json.loads(file.read_text()), json.loads(json.dumps(record))
+        changed = [key for key in {*earlier, *new} if earlier.get(key) != new.get(key)]
+        if changed:
+            raise ValueError(
+                f"{folder} holds results of another run; different: "
+                + ", ".join(f"{key} ({earlier.get(key)!r} there, {new.get(key)!r} here)" for key in sorted(changed))
+                + "; choose another folder, or delete that one"
+            )
+    elif main:
+        write_whole(file, json.dumps(record, indent=2) + "\n")
 
 
 def move_into(part: Path, target: Path) -> None:

@@ -23,10 +23,8 @@ from transformers import (
     SwinForImageClassification,
     ViTImageProcessor,
 )
-from typer.testing import CliRunner
 
 from hf_ttame import TTameModel
-from hf_ttame.cli import app
 from hf_ttame.export_facts import describe_preprocessing
 from hf_ttame.image_processing import load_image, measure_normalisation
 
@@ -326,13 +324,13 @@ def test_the_example_refuses_other_files_in_words(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_the_command(cnn: TTameModel, tmp_path: Path) -> None:
+def test_the_command(ttame: Callable[..., Any], cnn: TTameModel, tmp_path: Path) -> None:
     cnn.save_pretrained(tmp_path / "cnn")
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     arguments = (tmp_path / "cnn", tmp_path / "out.onnx", "--classes", "top2")
     pictures = ("--check", PHOTOGRAPHS[0].parent, "--check", tmp_path / "broken.jpg")
-    done = CliRunner().invoke(app, ["export", *map(str, (*arguments, *pictures))])
-    assert done.exit_code == 0, done.output
+    done = ttame("export", *arguments, *pictures)
+    assert done.returncode == 0, done.stderr
     assert "on 3 pictures, largest differences: logits" in done.stdout
     assert "skipped: " in done.stderr
     assert "broken.jpg" in done.stderr
