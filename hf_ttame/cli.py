@@ -218,6 +218,68 @@ def convert(
     typer.echo(f"wrote {output}: {model.config.converted_from}; for academic, non-commercial use only")
 
 
+@app.command()
+def export(
+    model: Annotated[
+        str, typer.Argument(help="Explainer: a folder, a Hub id, or efficientnet-lite0: the shipped one.")
+    ],
+    output: Annotated[Path, typer.Argument(help="File to write, .onnx; its facts go into a .json beside it.")],
+    classes: Annotated[
+        str, typer.Option(help="Maps of the class that is predicted, given (as an input), all, or top5 (any number).")
+    ] = "predicted",
+    batch: Annotated[int | None, typer.Option(help="Fix the batch; default: any batch.")] = None,
+    check: Annotated[
+        list[Path] | None,
+        typer.Option(help="Picture, or folder of pictures, to check on; default: three shipped ones."),
+    ] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Quantise, and report how far the result agrees.")] = False,
+    calibration: Annotated[
+        list[Path] | None, typer.Option(help="For int8: picture or folder, others than those of --check.")
+    ] = None,
+    licence: Annotated[str | None, typer.Option(help="Sentence for the facts.")] = None,
+    backbone: Annotated[str | None, typer.Option(help="Folder or Hub id of a backbone that is not recorded.")] = None,
+) -> None:
+    """Write an explainer as one ONNX file, checked against PyTorch on photographs."""
+    _require("onnx", "export")
+    _quiet()
+    from .export import export_onnx
+
+    report = export_onnx(
+        _load(model, backbone),
+        output,
+        classes=classes,
+        batch=batch,
+        check=_pictures(check or []),
+        int8=int8,
+        calibration=_pictures(calibration or []),
+        licence=licence,
+    )
+    for message in report.skipped:
+        typer.echo(f"skipped: {message}", err=True)
+    worst = ", ".join(f"{name} {value:.1e}" for name, value in report.differences.items())
+    typer.echo(f"float32 graph against PyTorch on {report.pictures} pictures, largest differences: {worst}")
+    if agreement := report.agreement:
+        typer.echo(
+            f"int8 against float32 on {agreement['images']} pictures: same class {agreement['top1']:.1%}, "
+            f"correlation of maps {agreement['map_correlation']:.3f}, "
+            f"largest difference of a score {agreement['largest_score_difference']:.2f}"
+        )
+    typer.echo(f"wrote {report.path} ({report.megabytes:.1f} MB) and {report.facts}")
+
+
+def _pictures(paths: list[Path]) -> list[Path]:
+    """The pictures named, and those in the folders named."""
+    from .hub import PICTURES
+
+    found: list[Path] = []
+    for path in paths:
+        inside = sorted(file for file in path.rglob("*") if file.name.lower().endswith(PICTURES))
+        if path.is_dir() and not inside:
+            raise ValueError(f"the folder {str(path)!r} holds no pictures")
+        found += inside if path.is_dir() else [path]
+    return found
+
+
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
     add_help_option=False,

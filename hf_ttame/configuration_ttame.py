@@ -94,7 +94,16 @@ class TTameConfig(PretrainedConfig):
         """As `PretrainedConfig.from_dict`, except that `backbone` is left to the model.
 
         `AutoModel.from_pretrained(..., backbone=FOLDER_OR_MODULE)` would otherwise write it into the config.
+
+        Raises:
+            ValueError: it is the config of another kind of model.
         """
+        kind = config_dict.get("model_type") or config_dict.get("architecture") or "unknown"
+        if kind != cls.model_type and "feature_layers" not in config_dict:
+            raise ValueError(
+                f"this is no explainer: its config.json is of the kind {kind!r}, not 'ttame'; `ttame train` makes an "
+                "explainer of a classifier, TTameModel.from_backbone one with an untrained head"
+            )
         own = {"backbone": kwargs.pop("backbone")} if "backbone" in kwargs else {}
         found = super().from_dict(config_dict, **kwargs)
         return (found[0], {**found[1], **own}) if isinstance(found, tuple) else found

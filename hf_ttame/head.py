@@ -1,5 +1,6 @@
 """The attention head: one branch per feature layer, fused into one map per class (arXiv 2403.04523, fig. 3)."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -136,6 +137,28 @@ class TTameHead(nn.Module):
             total = fused if total is None else total + fused
         assert total is not None
         return total + bias.to(total.dtype)
+
+
+@torch.no_grad()
+def fold(head: TTameHead) -> TTameHead:
+    """The same head for inference alone, a copy: batch norm and skip connection are inside its convolutions."""
+    if head.bns is None:
+        return copy.deepcopy(head).eval()
+    folded = TTameHead(
+        head.channels,
+        head.num_classes,
+        head.map_size,
+        skip_connection=False,
+        batch_norm=False,
+        branch_activation=head.branch_activation,
+        last_layer_relu=head.last_layer_relu,
+    )
+    for layer, module in enumerate(folded.convs):
+        conv: Any = module
+        for tensor, value in zip((conv.weight, conv.bias), head._folded(layer), strict=True):
+            tensor.copy_(value)
+    folded.fuser.load_state_dict(head.fuser.state_dict())
+    return folded.eval()
 
 
 def start_as_classifier(head: TTameHead, pooled: PooledClassifier, outputs: str) -> None:

@@ -32,8 +32,9 @@ _MODEL_FILES = re.compile(
 )
 _WEIGHT_FILES = re.compile(r"backbone/.+|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 _DATASET_FILES = re.compile(r"(.+/)?[^/]+\.parquet|README\.md|LICENSE(\.\w+)?|[^/]+\.json")
-_SPACE_FILES = re.compile(r"(.+/)?([^/]+\.(py|md|txt|ya?ml|css|html|js|json|toml)|LICENSE)")
-_BINARY = (".safetensors", ".parquet", *PICTURES)
+_SPACE_FILES = re.compile(r"(.+/)?([^/]+\.(py|md|txt|ya?ml|css|html|m?js|json|toml|onnx|wasm)|LICENSE)")
+_NOBODYS_HOME = "/home/web_user"  # the invented home of WebAssembly programs: it stands in their loaders
+_BINARY = (".safetensors", ".parquet", ".onnx", ".wasm", *PICTURES)
 _HIDDEN = ("__pycache__", "node_modules")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}|\b(?:hf_oauth|hf_jwt|api_org)_[\w.-]{16,}")
 _PATH_IN_TEXT = re.compile(
@@ -321,7 +322,7 @@ def check_contents(folder: Path, files: list[Path], include_examples: bool = Fal
         # In JSON the names of classes may look like anything; everywhere else the whole text is read.
         entries = list(_strings(_read_json(file))) if file.suffix == ".json" else [("", text)]
         places = [value for _, value in entries if file.suffix == ".json" and is_local_path(value)]
-        places += _PATH_IN_TEXT.findall(text)
+        places += [place for place in _PATH_IN_TEXT.findall(text) if place != _NOBODYS_HOME]
         if places:
             raise ValueError(
                 f"{name!r} holds the local path {places[0]!r}, which is nobody else's business; remove it"

