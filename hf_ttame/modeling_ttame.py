@@ -49,6 +49,7 @@ from .saving import (
     patiently,
     portable_config,
     resolve_commit,
+    settle,
 )
 
 MAX_MAP_SIDE = 56  # the map grid is the largest grid among the layers, at most this
@@ -575,6 +576,7 @@ class TTameModel(PreTrainedModel):
         if missing := [key for key in info["missing_keys"] if key.startswith("head.")]:
             raise ValueError(f"{source!r} lacks the head's weights {sorted(missing)[:4]}; download or copy it again")
         check_finite(model.head)
+        settle(model.head)
         hub_kwargs |= attention
         model._load_backbone(source, backbone, strict, kwargs.get("revision"), kwargs.get("dtype"), hub_kwargs)
         return (model, info) if loading_info else model
