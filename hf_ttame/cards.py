@@ -22,7 +22,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from .configuration_ttame import TTameConfig
 from .head import TTameHead
-from .saving import is_local_path
+from .records import CARD, TRAINING, check_folder, read_json, report_name
+from .saving import PATH_IN_TEXT, is_local_path, without_tokens
 
 GENERATED = "Written by `ttame card`. Change card.json or report.json and run it again, or remove this line."
 NOT_MEASURED = "not measured"
@@ -53,14 +54,24 @@ print(best["label"], best["explanation"].map.shape)
 
 def escape(value: Any) -> str:
     """Text for Markdown, on one line, without any power: no HTML, links, tables, headings or code."""
-    text = html.escape(" ".join(str(value).split()), quote=False)
-    return re.sub(r"([\\`*_{}\[\]#|~$!])", r"\\\1", text).replace("://", ":\u200b//")
+    text = html.escape(_plain(value), quote=False)
+    text = re.sub(r"([\\`*_{}\[\]#|~$!])", r"\\\1", text)
+    return re.sub(r"(?i)(:(?=//)|www(?=\.)|(?<=\w)(?=@\w))", "\\1\u200b", text)  # what would become a link by itself
 
 
 def code(value: Any) -> str:
     """A code span, on one line, that ends where it should, in a table too."""
-    text = "".join(c for c in " ".join(str(value).split()) if c.isprintable())
-    return "`" + text.replace("`", "'").replace("|", "/") + "`"
+    return "`" + _plain(value).replace("`", "'").replace("|", "/") + "`"
+
+
+def _plain(value: Any) -> str:
+    """One line of what can be seen: no control or direction characters, no access token, no local path."""
+    text = " ".join(str(value).split())
+    return _without_secrets("".join(c for c in text if c.isprintable()))
+
+
+def _without_secrets(text: str) -> str:
+    return PATH_IN_TEXT.sub("(local path)", without_tokens(text))
 
 
 def write_card(folder: str | os.PathLike, repo_id: str | None = None, output: Path | None = None) -> Path:
@@ -90,15 +101,22 @@ def render_card(folder: str | os.PathLike, repo_id: str | None = None) -> str:
         ValueError: the folder holds no explainer, or a file is damaged.
     """
     folder = Path(folder)
-    facts = _read(folder / "config.json")
-    if facts is None or facts.get("model_type") != "ttame":
+    facts = read_json(folder / "config.json")
+    if not isinstance(facts, dict) or facts.get("model_type") != "ttame":
         raise ValueError(f"{str(folder)!r} holds no explainer: config.json of model_type 'ttame' is needed")
     config = TTameConfig.from_dict(facts)
     own = _card_facts(folder)
-    report = _normalised(_read(folder / own.get("report", "report.json")))
-    training = _read(folder / "training.json")
-    if training:  # a run's record holds its arguments one level down
-        training = {**(training.get("arguments") or {}), **training}
+    check_folder(folder)  # figures of another head are not this one's
+    report, training = read_json(folder / report_name(folder)), read_json(folder / TRAINING)
+    try:
+        return _render(folder, config, own, _normalised(report, own.get("measured_on")), _flat(training), repo_id)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"a record in {str(folder)!r} does not have the form that `ttame compare` or the training writes: {error}"
+        ) from error
+
+
+def _render(folder: Path, config: TTameConfig, own: dict[str, Any], report: Any, training: Any, repo_id: Any) -> str:
     repo_id = repo_id or own.get("repo_id")
     if repo_id is not None:
         validate_repo_id(repo_id)
@@ -119,6 +137,11 @@ def render_card(folder: str | os.PathLike, repo_id: str | None = None) -> str:
     return string.Template(_template()).substitute(fields)
 
 
+def _flat(training: Any) -> Any:
+    """A run's record with its arguments, which stand one level down, beside the rest."""
+    return {**(training.get("arguments") or {}), **training} if training else training
+
+
 # What card.json may hold; every field is optional.
 _CARD_FIELDS: dict[str, type | tuple[type, ...]] = {
     "repo_id": str,  # where the explainer is, or will be, published
@@ -130,6 +153,7 @@ _CARD_FIELDS: dict[str, type | tuple[type, ...]] = {
     "base_model": str,  # Hub id of the classifier, where the config has none
     "datasets": list,  # Hub ids of the training data
     "report": str,  # file name, report.json if not given
+    "measured_on": str,  # the photographs of the report in words; a folder's name is never shown
     "measured_with": str,  # the command
     "pictures": list,  # [{"path": ..., "caption": ...}]
     "training_data": str,
@@ -144,12 +168,12 @@ _CARD_FIELDS: dict[str, type | tuple[type, ...]] = {
 
 
 def _card_facts(folder: Path) -> dict[str, Any]:
-    own = _read(folder / "card.json") or {}
+    own = read_json(folder / CARD) or {}
+    if not isinstance(own, dict):
+        raise ValueError(f"card.json must hold an object, got {type(own).__name__}")
     for key, value in own.items():
         if key not in _CARD_FIELDS or not isinstance(value, _CARD_FIELDS[key]):
             raise ValueError(f"card.json may hold {sorted(_CARD_FIELDS)}, got {key!r} of type {type(value).__name__}")
-    if Path(own.get("report", "")).name != own.get("report", ""):
-        raise ValueError(f"the report of card.json must lie beside it, got {own['report']!r}")
     return own
 
 
@@ -159,15 +183,6 @@ def _template() -> str:
     return next(place for place in places if place.exists()).read_text(encoding="utf-8")
 
 
-def _read(file: Path) -> Any:
-    if not file.exists():
-        return None
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file.name!r} in {str(file.parent)!r} cannot be read as JSON: {error}") from error
-
-
 def _architecture(config: TTameConfig) -> str:
     facts = config.backbone_config
     return facts.get("architecture") or next(iter(facts.get("architectures") or []), None) or "an image classifier"
@@ -175,16 +190,22 @@ def _architecture(config: TTameConfig) -> str:
 
 def _metadata(config: TTameConfig, own: Mapping[str, Any], report: Any, name: str) -> str:
     base = own.get("base_model") or config.backbone
+    for hub_id in (base, *own.get("datasets", [])):
+        if hub_id is not None:
+            validate_repo_id(hub_id)
+    licence = {
+        "license": "other" if _own_licence(config) else own.get("license"),
+        "license_name": _own_licence(config) or own.get("license_name"),
+        "license_link": own.get("license_link"),
+    }
     data = ModelCardData(
         library_name="hf_ttame",
         pipeline_tag="image-classification",
         base_model=base,
         datasets=own.get("datasets") or None,
         tags=list(TAGS),
-        license="other" if _own_licence(config) else own.get("license"),
-        license_name=_own_licence(config) or own.get("license_name"),
-        license_link=own.get("license_link"),
-        model_name=f"T-TAME explainer of {name}" if report else None,
+        **{key: _plain(value) for key, value in licence.items() if value is not None},
+        model_name=f"T-TAME explainer of {_plain(name)}" if report else None,
         eval_results=_results(report) if report else None,
     )
     if base:
@@ -201,7 +222,7 @@ def _results(report: Mapping[str, Any]) -> list[EvalResult] | None:
             task_type="image-classification",
             task_name="explanation of the predicted class",
             dataset_type=re.sub(r"[^a-z0-9]+", "-", str(report["dataset"]).lower()).strip("-"),
-            dataset_name=str(report["dataset"]),
+            dataset_name=_plain(report["dataset"]),
             metric_type=re.sub(r"[^a-z0-9]+", "_", measure.lower()),
             metric_name=measure,
             metric_value=value,
@@ -211,8 +232,8 @@ def _results(report: Mapping[str, Any]) -> list[EvalResult] | None:
     ]
 
 
-def _normalised(report: Any) -> dict[str, Any] | None:
-    """The two forms of report as one.
+def _normalised(report: Any, measured_on: str | None = None) -> dict[str, Any] | None:
+    """The two forms of report as one; its data in words, as a Hub id, or as "a local folder".
 
     `methods` is {method: {measure: value}}, or {method: {"measures": {measure: {"mean", "low", "high"}}, and the
     cost}}; `difference_to_ttame_95` is {method: {measure: [low, high]}}, `differences` {method: {measure: {"low",
@@ -229,10 +250,11 @@ def _normalised(report: Any) -> dict[str, Any] | None:
     differences = dict(report.get("difference_to_ttame_95") or {})
     for name, table in (report.get("differences") or {}).items():
         differences[name] = {m: [v["low"], v["high"]] for m, v in table.items() if isinstance(v, dict) and "low" in v}
-    data = report.get("dataset") or report.get("data") or NOT_RECORDED
+    data = str(report.get("dataset") or report.get("data") or NOT_RECORDED)
+    shown = data if data == NOT_RECORDED or _is_hub_id(data.partition(" ")[0]) else "a local folder"
     return {
         "images": report.get("images"),
-        "dataset": "a local folder" if is_local_path(data) else data,
+        "dataset": measured_on or shown,
         "map_scaling": report.get("map_scaling"),
         "methods": methods,
         "intervals": intervals,
@@ -300,7 +322,8 @@ def _usage(config: TTameConfig, own: Mapping[str, Any], repo_id: str | None) -> 
         load = f"model = AutoModel.from_pretrained({name})"
         return _CODE.format(load=load) + "\n\n" + _PIPELINE.format(name=name)
     lines = own.get("classifier_python") or ['backbone = "path/to/the/classifier"']
-    lines = [" ".join(str(line).replace("`", "").splitlines()) for line in lines]  # stays inside its block
+    # They stay inside their block.
+    lines = [_without_secrets(" ".join(str(line).replace("`", "").splitlines())) for line in lines]
     load = "\n".join([*lines, f"model = AutoModel.from_pretrained({name}, backbone=backbone)"])
     return _CODE.format(load=load)
 
@@ -379,7 +402,7 @@ def _figures(own: Mapping[str, Any], report: Any) -> str:
 
 
 def _indented(text: str) -> list[str]:
-    return [f"    {line}" for line in text.splitlines()]
+    return [f"    {_without_secrets(line)}" for line in text.splitlines()]
 
 
 def _count(value: Any) -> str:
@@ -425,7 +448,7 @@ def _training(own: Mapping[str, Any], training: Any) -> str:
 
 def _cost(training: Any) -> str:
     seconds, machine = (training or {}).get("seconds"), (training or {}).get("machine")
-    if not isinstance(seconds, (int, float)):
+    if _number(seconds) == NOT_MEASURED:
         return NOT_MEASURED
     where = (
         ", ".join(f"{key} {value}" for key, value in machine.items()) if isinstance(machine, dict) else NOT_RECORDED

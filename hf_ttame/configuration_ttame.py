@@ -21,6 +21,7 @@ class TTameConfig(PretrainedConfig):
         backbone_included: the backbone is saved beside the head, in the folder `backbone/`.
         backbone_fingerprint: short hash of the backbone's weights, checked on loading.
         backbone_config: the backbone's own config.
+        head_fingerprint: short hash of the head's weights, by which a report names the head that it measured.
         feature_layers: per tapped layer, fine to coarse: `name` (see `FeatureLayer`), `channels`, `grid` [h, w] at
             `image_size`, `layout` (NCHW, NHWC or tokens), `prefix_tokens`, `clone` (a later module overwrites the
             tapped tensor).
@@ -49,6 +50,7 @@ class TTameConfig(PretrainedConfig):
         backbone_included: bool = False,
         backbone_fingerprint: str | None = None,
         backbone_config: dict[str, Any] | None = None,
+        head_fingerprint: str | None = None,
         feature_layers: Sequence[dict[str, Any]] = (),
         image_size: Sequence[int] = (224, 224),
         pixel_scale: Sequence[float] = (1.0, 1.0, 1.0),
@@ -71,6 +73,7 @@ class TTameConfig(PretrainedConfig):
         self.backbone_included = backbone_included
         self.backbone_fingerprint = backbone_fingerprint
         self.backbone_config = backbone_config or {}
+        self.head_fingerprint = head_fingerprint
         self.feature_layers = [dict(layer) for layer in feature_layers]
         self.image_size = list(image_size)
         self.pixel_scale = list(pixel_scale)
@@ -87,6 +90,11 @@ class TTameConfig(PretrainedConfig):
         self.map_scaling = map_scaling
         self.format_version = format_version
         self.check()
+        if kwargs.get("transformers_weights"):
+            raise ValueError(
+                "config.json names a file of weights (transformers_weights), which could be a pickle; an explainer's "
+                "weights are model.safetensors: remove the entry"
+            )
         super().__init__(**kwargs)
 
     @classmethod

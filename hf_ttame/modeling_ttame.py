@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import json
 import os
 import re
 import tempfile
@@ -40,9 +41,11 @@ from .image_processing import (
 )
 from .layer_choice import choose_layers, find_pooled_classifier
 from .masking import min_max
+from .records import Records, head_fingerprint
 from .saving import (
     add_remote_code,
     check_download,
+    clean_configs,
     fetch_weights,
     fingerprint,
     move_into,
@@ -85,6 +88,7 @@ class TTameModel(PreTrainedModel):
         self.backbone: Any = None  # a classifier, attached by from_backbone and from_pretrained
         self.image_processor: Any = None
         self._placements: dict[tuple[int, int], Placement] = {}
+        self._records = Records("")  # of a head that was loaded
         self._warned_unseen = False
         self._capture_lock = threading.Lock()  # hooks of two passes at once would mix their features
         self.post_init()
@@ -106,6 +110,7 @@ class TTameModel(PreTrainedModel):
         copied.head.to(next(self.head.parameters()))
         if self.backbone is not None:
             copied._attach(copy.deepcopy(self.backbone, memo), self.image_processor)
+        copied._records = self._records
         return copied.train(self.training)
 
     # ---- making -------------------------------------------------------------------------------------------------
@@ -468,6 +473,9 @@ class TTameModel(PreTrainedModel):
     ) -> None:
         """Write the explainer; the files appear under their names only when they are complete.
 
+        The report, the training record and card.json that lay beside the head when it was loaded are written too, as
+        long as it is still the same head.
+
         Args:
             save_directory: created where it does not exist.
             include_backbone: also write the backbone, into `backbone/`. None: only where it has no Hub id to refer to.
@@ -495,6 +503,10 @@ class TTameModel(PreTrainedModel):
                         f"head.{name}": tensor.to(head_dtype) if tensor.is_floating_point() else tensor
                         for name, tensor in self.head.state_dict().items()
                     }
+                saved = kwargs.get("state_dict") or self.head.state_dict(prefix="head.")
+                self.config.head_fingerprint = head_fingerprint(
+                    {name: tensor for name, tensor in saved.items() if name.startswith("head.")}
+                )
                 super().save_pretrained(part, **kwargs)
             finally:
                 self.config.backbone_included = before
@@ -505,6 +517,9 @@ class TTameModel(PreTrainedModel):
                 backbone = self._backbone()
                 backbone.save_pretrained(Path(part, "backbone"))
                 self.image_processor.save_pretrained(Path(part, "backbone"))
+            clean_configs(Path(part))
+            for name, record in self._records.of(self.config.head_fingerprint, kwargs.get("token")):
+                Path(part, name).write_text(json.dumps(record, indent=2) + "\n")
             move_into(Path(part), target)
 
     def _pin_backbone(self) -> bool:
@@ -577,6 +592,11 @@ class TTameModel(PreTrainedModel):
             raise ValueError(f"{source!r} lacks the head's weights {sorted(missing)[:4]}; download or copy it again")
         check_finite(model.head)
         settle(model.head)
+        beside = {
+            "revision": getattr(model.config, "_commit_hash", None) or kwargs.get("revision"),
+            "cache_dir": kwargs.get("cache_dir"),
+        }
+        model._records = Records.beside(source, model.head.state_dict(), **beside)
         hub_kwargs |= attention
         model._load_backbone(source, backbone, strict, kwargs.get("revision"), kwargs.get("dtype"), hub_kwargs)
         return (model, info) if loading_info else model
@@ -599,7 +619,9 @@ class TTameModel(PreTrainedModel):
         elif backbone is not None:
             found = load_backbone(os.fspath(backbone), processor=processor, dtype=dtype, **hub_kwargs)
         elif config.backbone_included:
-            found = load_backbone(source, processor=processor, dtype=dtype, subfolder="backbone", **own)
+            found = load_backbone(
+                source, processor=processor, dtype=dtype, subfolder="backbone", only_safetensors=True, **own
+            )
         elif config.backbone is not None:
             validate_repo_id(config.backbone)  # a config may come from anybody: no path, no revision that is one
             if config.backbone_revision and not re.fullmatch(r"[0-9a-f]{40}", config.backbone_revision):
@@ -612,6 +634,7 @@ class TTameModel(PreTrainedModel):
                 dtype=dtype,
                 revision=config.backbone_revision,
                 only_hub=True,
+                only_safetensors=True,
                 **hub_kwargs,
             )
         else:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError
 
+from hf_ttame.records import TRAINING, fingerprint_of_folder
 from hf_ttame.visualization import plot_curves
 
 _SMOOTH = 200  # points of a curve; the log holds every step
@@ -31,6 +32,12 @@ def write(path: Path, content: str | Image.Image) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """The training record of the explainer that was saved in `folder`; it names the head that it is about."""
+    named = {**record, "head_fingerprint": fingerprint_of_folder(folder)}
+    write(folder / TRAINING, json.dumps(named, indent=2) + "\n")
 
 
 def attempt(what: str, action: Callable[[], None]) -> bool:
