@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 from .image_processing import measure_normalisation, processor_from_timm
-from .saving import DamagedDownload, check_download, is_pickled, patiently, resolve_commit, settle
+from .saving import DamagedDownload, check_download, is_pickled, patiently, resolve_commit
 
 # Image classifiers of transformers that cannot be explained by a map, by model type.
 _WITHOUT_MAPS = {
@@ -106,7 +106,6 @@ def load_backbone(
         raise
     except (ValueError, ImportError) as error:
         raise ValueError(f"{name!r} is not an image classifier that transformers or timm can load: {error}") from error
-    settle(model)
     if info["missing_keys"]:
         raise ValueError(
             f"{name!r} lacks the weights {sorted(info['missing_keys'])[:4]}: it is not a trained image classifier; "

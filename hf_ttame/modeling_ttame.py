@@ -44,6 +44,7 @@ from .masking import min_max
 from .records import Records, head_fingerprint
 from .saving import (
     add_remote_code,
+    align,
     check_download,
     clean_configs,
     fetch_weights,
@@ -52,7 +53,6 @@ from .saving import (
     patiently,
     portable_config,
     resolve_commit,
-    settle,
 )
 
 MAX_MAP_SIDE = 56  # the map grid is the largest grid among the layers, at most this
@@ -237,6 +237,7 @@ class TTameModel(PreTrainedModel):
 
     def _attach(self, backbone: nn.Module, processor: Any) -> None:
         self.backbone = backbone.eval().requires_grad_(False)
+        align(self)
         self.image_processor = processor
         self._keys_to_ignore_on_save = [f"backbone.{key}" for key in backbone.state_dict()]
         self._placements.clear()
@@ -591,7 +592,6 @@ class TTameModel(PreTrainedModel):
         if missing := [key for key in info["missing_keys"] if key.startswith("head.")]:
             raise ValueError(f"{source!r} lacks the head's weights {sorted(missing)[:4]}; download or copy it again")
         check_finite(model.head)
-        settle(model.head)
         beside = {
             "revision": getattr(model.config, "_commit_hash", None) or kwargs.get("revision"),
             "cache_dir": kwargs.get("cache_dir"),

@@ -21,6 +21,7 @@ _REMOTE_CODE = "from hf_ttame import TTameConfig, TTameModel  # pip install hf-t
 _AUTO_MAP = {"AutoConfig": "TTameConfig", "AutoModel": "TTameModel", "AutoModelForImageClassification": "TTameModel"}
 # What the Hub's client raises; its HTTP library, whose errors it lets through, is not the same in all its versions.
 HUB_ERRORS: tuple[type[Exception], ...] = (HfHubHTTPError, *HfHubHTTPError.__bases__, OSError, RuntimeError)
+_ALIGNMENT = 64  # bytes, of torch's own CPU memory
 _TRIES, _WAIT, _LONGEST_WAIT = 4, 0.5, 60.0  # seconds; the wait is doubled after every try
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 _Result = TypeVar("_Result")
@@ -49,14 +50,14 @@ def fingerprint(backbone: nn.Module) -> str:
     return f"{dtype}:{digest.hexdigest()[:32]}"
 
 
-def settle(module: nn.Module) -> None:
-    """Move weights that begin at an odd place of a memory-mapped file to memory of their own.
+def align(module: nn.Module) -> None:
+    """Give weights that lie in a memory-mapped file memory of their own, aligned as torch aligns it.
 
-    Some kernels of some processors give other last bits for such tensors: a reloaded model would not equal the saved
-    one to the bit.
+    safetensors maps a file, so a weight may begin at any byte; CPU kernels round differently there. Without this a
+    reloaded explainer differs from the saved one in the last bits, on some processors.
     """
     for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+        if tensor.device.type == "cpu" and tensor.data_ptr() % _ALIGNMENT:
             tensor.data = tensor.data.clone()
 
 
