@@ -1,6 +1,7 @@
 """Finding a classifier: a Hub id, a folder, a transformers module or a timm module, always with its processor."""
 
 import json
+import pickle
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 from .image_processing import measure_normalisation, processor_from_timm
-from .saving import DamagedDownload, check_download, is_pickled, patiently, resolve_commit
+from .saving import DamagedDownload, check_download, checked_token, is_pickled, patiently, resolve_commit
 
 # Image classifiers of transformers that cannot be explained by a map, by model type.
 _WITHOUT_MAPS = {
@@ -67,6 +68,8 @@ def load_backbone(
     """
     if not pretrained:
         return _random_timm(name, processor)
+    if "token" in hub_kwargs:
+        hub_kwargs["token"] = checked_token(hub_kwargs["token"])
     folder = Path(name, subfolder)
     local = Path(name).is_dir()
     if only_hub and Path(name).exists():
@@ -98,6 +101,11 @@ def load_backbone(
         )
         if not local:
             check_download(name, revision, hub_kwargs.get("cache_dir"))
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"the weights of {name!r} are a pickle that holds more than tensors and plain values, and are not opened: "
+            "that could run foreign code; ask its owner for model.safetensors"
+        ) from error
     except (OSError, RuntimeError, SafetensorError) as error:
         if not local:
             check_download(name, revision, hub_kwargs.get("cache_dir"))
@@ -304,8 +312,12 @@ def _rebuilds(module: Any, config: Any, processor: Any) -> bool:
     reference = next(module.parameters())
     if reference.is_meta:
         return True  # nothing to compare but shapes
-    rebuilt: Any = TimmWrapperForImageClassification(config)
-    rebuilt.timm_model.load_state_dict(module.state_dict())
+    with torch.device("meta"):  # no weights are drawn at random only to be replaced
+        rebuilt: Any = TimmWrapperForImageClassification(config)
+        rebuilt.timm_model.load_state_dict(module.state_dict(), assign=True)
+    if any(tensor.is_meta for tensor in (*rebuilt.parameters(), *rebuilt.buffers())):  # a buffer that is not saved
+        rebuilt = TimmWrapperForImageClassification(config)
+        rebuilt.timm_model.load_state_dict(module.state_dict())
     rebuilt.to(reference).eval()
     channels = input_channels(rebuilt)
     height, width = config.pretrained_cfg["input_size"][1:]

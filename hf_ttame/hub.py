@@ -24,6 +24,7 @@ from .saving import (
     PATH_IN_TEXT,
     REMOTE_MODULE,
     TOKEN,
+    checked_token,
     is_local_path,
     patiently,
     without_tokens,
@@ -106,6 +107,7 @@ def push_model(
         ValueError, ConnectionError: as `push_folder`.
     """
     _check_repo_id(repo_id)
+    token = checked_token(token)
     folder = Path(tempfile.mkdtemp(prefix="ttame-push-"), repo_id.rpartition("/")[2])
     try:
         model.save_pretrained(folder, include_backbone=include_backbone, head_dtype=head_dtype, token=token)
@@ -181,7 +183,7 @@ def push_folder(
         say(
             f"  {len(left_out)} other files stay here" + (" (pictures: --include-examples)" if kind == "model" else "")
         )
-    api = HfApi(token=token)
+    api = HfApi(token=checked_token(token))
     try:
         sdk = RepoCard.load(folder / "README.md").data.to_dict().get("sdk") if kind == "space" else None
         repo_id = patiently(lambda: _create(api, repo_id, kind, private, sdk))

@@ -46,6 +46,7 @@ from .saving import (
     add_remote_code,
     align,
     check_download,
+    checked_token,
     clean_configs,
     fetch_weights,
     fingerprint,
@@ -565,6 +566,8 @@ class TTameModel(PreTrainedModel):
         kwargs["use_safetensors"] = (
             True  # of the head; transformers opens a user's own .bin backbone with weights_only
         )
+        if "token" in kwargs:
+            kwargs["token"] = checked_token(kwargs["token"])
         hub_kwargs: dict[str, Any] = {
             key: kwargs[key] for key in ("token", "cache_dir", "local_files_only") if key in kwargs
         }

@@ -99,6 +99,19 @@ def clean_configs(folder: Path) -> None:
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
+def checked_token(token: Any) -> Any:
+    """The token without white space around it.
+
+    Raises:
+        ValueError: it holds characters that no token has. The HTTP client would name the whole token in its error.
+    """
+    if not isinstance(token, str):
+        return token
+    if not re.fullmatch(r"[!-~]*", token.strip()):
+        raise ValueError("token holds characters that no access token has; copy it again from the Hub's settings page")
+    return token.strip()
+
+
 def without_tokens(text: str) -> str:
     """The text with every access token of the Hub made unreadable."""
     return TOKEN.sub("hf_***", text)
