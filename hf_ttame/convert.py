@@ -128,7 +128,7 @@ def convert_reference_checkpoint(
             },
         )
     try:
-        module.load_state_dict({key: tensor.float().clone() for key, tensor in weights.items()}, assign=True)
+        module.load_state_dict({key: tensor.float() for key, tensor in weights.items()}, assign=True)
     except RuntimeError as error:
         raise ValueError(f"the backbone in {str(path)!r} is not torchvision's {name}: {error}") from error
     backbone = wrap_backbone(module.eval())

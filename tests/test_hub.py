@@ -16,7 +16,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import make_timm, make_vit
+from conftest import make_timm, make_vit, vit_processor
 from hub_server import TOKEN, running_hub
 from safetensors.torch import load_file
 from timm.models._hub import save_for_hf
@@ -32,6 +32,16 @@ from hf_ttame.saving import is_local_path, patiently, without_paths
 
 ROOT = Path(__file__).parents[1]
 HOME = "/".join(("", "home", "me"))  # an invented home folder
+
+
+class Evil:
+    """Unpickling it writes a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
 
 
 # ---- in this process, without a Hub ---------------------------------------------------------------------------------
@@ -166,6 +176,64 @@ def test_no_local_path_in_configs_or_cards(tmp_path):
     for file in [tmp_path / "x" / "config.json", tmp_path / "x" / "README.md"]:
         assert HOME not in file.read_text()
         assert str(tmp_path) not in file.read_text()
+
+
+def test_no_local_path_in_any_config_that_is_saved(vit_folder, tmp_path):
+    """Wherever a library or a user left it: the explainer's config, the backbone's, the preprocessing's."""
+    model = TTameModel.from_backbone(vit_folder)
+    model.config.trained_in = f"{HOME}/runs/7"
+    model.backbone.config.label_files = {"of": ["x", f"written to {HOME}/labels.txt"]}
+    model.backbone.config._name_or_path = "patients/smith"
+    model.image_processor.cache = f"{HOME}/cache"
+    model.save_pretrained(tmp_path / "x", include_backbone=True)
+    write_card(tmp_path / "x")
+    files = [file for file in (tmp_path / "x").rglob("*.json") if "index" not in file.name]
+    assert len(files) == 4
+    for file in files:
+        text = file.read_text()
+        assert HOME not in text
+        assert "smith" not in text
+        assert str(tmp_path) not in text
+    assert json.loads((tmp_path / "x/backbone/config.json").read_text())["label_files"] == {"of": ["x"]}
+    check_contents(tmp_path / "x", files_to_push(tmp_path / "x", "model")[0])
+    same = TTameModel.from_pretrained(tmp_path / "x", strict=True)
+    assert same.config.id2label == model.config.id2label
+    assert torch.equal(same(torch.ones(1, 3, 64, 64)).map_logits, model(torch.ones(1, 3, 64, 64)).map_logits)
+
+
+def test_names_of_classes_may_look_like_paths(tmp_path):
+    backbone = make_vit()
+    backbone.config.id2label = {0: f"{HOME}/x", 1: "./b", **{i: f"class {i}" for i in range(2, 7)}}
+    backbone.config.label2id = {label: i for i, label in backbone.config.id2label.items()}
+    model = TTameModel.from_backbone(backbone, processor=vit_processor())
+    model.save_pretrained(tmp_path)
+    assert TTameModel.from_pretrained(tmp_path).config.id2label == backbone.config.id2label
+
+
+def test_an_included_backbone_is_safetensors_in_a_folder_too(saved, vit):
+    (saved / "backbone/model.safetensors").unlink()
+    torch.save(vit.backbone.state_dict(), saved / "backbone/pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"cannot be loaded: .*model\.safetensors"):
+        TTameModel.from_pretrained(saved)
+
+
+def test_a_users_own_pickled_backbone_is_saved_as_safetensors(vit, vit_folder, tmp_path):
+    folder = Path(shutil.copytree(vit_folder, tmp_path / "own"))
+    (folder / "model.safetensors").unlink()
+    torch.save(vit.backbone.state_dict(), folder / "pytorch_model.bin")
+    TTameModel.from_backbone(folder).save_pretrained(tmp_path / "x")
+    assert [f.suffix for f in (tmp_path / "x/backbone").glob("*model*")] == [".safetensors"]
+    torch.save({**vit.backbone.state_dict(), "x": Evil(tmp_path / "was-run")}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="holds more than tensors and plain values"):
+        TTameModel.from_backbone(folder)
+    assert not (tmp_path / "was-run").exists()
+
+
+def test_a_report_in_words_goes_with_its_figures_only(saved):
+    (saved / "report.md").write_text("# good")
+    assert "report.md" in {f.name for f in files_to_push(saved, "model")[1]}
+    (saved / "report.json").write_text("{}")
+    assert {"report.md", "report.json"} <= {f.name for f in files_to_push(saved, "model")[0]}
 
 
 @pytest.mark.parametrize("path", [f"{HOME}/x", "~/x", "C:\\x", "c:/x", "file:///x", "./x", "../x", "\\\\host\\x"])
@@ -400,16 +468,6 @@ def test_the_documented_figures_are_the_measured_ones():
 def hub():
     with running_hub() as running:
         yield running
-
-
-class Evil:
-    """Unpickling it writes a file."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return (Path.touch, (self.path,))
 
 
 @pytest.fixture(scope="module")
