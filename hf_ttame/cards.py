@@ -193,7 +193,7 @@ def _metadata(config: TTameConfig, own: Mapping[str, Any], report: Any, name: st
     for hub_id in (base, *own.get("datasets", [])):
         if hub_id is not None:
             validate_repo_id(hub_id)
-    licence = {
+    licence: dict[str, Any] = {
         "license": "other" if _own_licence(config) else own.get("license"),
         "license_name": _own_licence(config) or own.get("license_name"),
         "license_link": own.get("license_link"),
@@ -204,10 +204,12 @@ def _metadata(config: TTameConfig, own: Mapping[str, Any], report: Any, name: st
         base_model=base,
         datasets=own.get("datasets") or None,
         tags=list(TAGS),
-        **{key: _plain(value) for key, value in licence.items() if value is not None},
         model_name=f"T-TAME explainer of {_plain(name)}" if report else None,
         eval_results=_results(report) if report else None,
     )
+    for key, value in licence.items():
+        if value is not None:
+            data[key] = _plain(value)
     if base:
         data["base_model_relation"] = "adapter"
     return yaml.safe_dump(data.to_dict(), sort_keys=False, allow_unicode=True).strip()
@@ -448,7 +450,7 @@ def _training(own: Mapping[str, Any], training: Any) -> str:
 
 def _cost(training: Any) -> str:
     seconds, machine = (training or {}).get("seconds"), (training or {}).get("machine")
-    if _number(seconds) == NOT_MEASURED:
+    if not isinstance(seconds, (int, float)) or _number(seconds) == NOT_MEASURED:
         return NOT_MEASURED
     where = (
         ", ".join(f"{key} {value}" for key, value in machine.items()) if isinstance(machine, dict) else NOT_RECORDED

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from .saving import HUB_ERRORS, patiently, without_tokens
 
 REPORT, TRAINING, CARD = "report.json", "training.json", "card.json"
+_UNREADABLE: tuple[type[Exception], ...] = (*HUB_ERRORS, ValueError)
 _MAX_BYTES = 32 << 20  # a larger record of a repository is not read
 
 
@@ -150,7 +151,7 @@ class Records:
                 found[name] = read_json(file) if file.stat().st_size <= _MAX_BYTES else None
             except RemoteEntryNotFoundError:
                 continue
-            except (*HUB_ERRORS, ValueError) as error:
+            except _UNREADABLE as error:
                 warnings.warn(
                     f"whether {where['repo_id']!r} has a report and a training record cannot be found out "
                     f"({without_tokens(str(error))}); the copy is saved without them",
