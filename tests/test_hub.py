@@ -17,9 +17,9 @@ import pyarrow.parquet
 import pytest
 import torch
 from conftest import make_timm, make_vit, vit_processor
+from hub_contents import Evil, fill
 from hub_server import TOKEN, running_hub
 from safetensors.torch import load_file
-from timm.models._hub import save_for_hf
 from transformers import AutoImageProcessor, AutoModel, ViTForImageClassification
 from typer.testing import CliRunner
 
@@ -27,21 +27,10 @@ from hf_ttame import TTameModel
 from hf_ttame.cards import render_card, write_card
 from hf_ttame.cli import app
 from hf_ttame.hub import check_contents, detect_kind, files_to_push, push_folder
-from hf_ttame.records import fingerprint_of_folder
 from hf_ttame.saving import is_local_path, patiently, without_paths
 
 ROOT = Path(__file__).parents[1]
 HOME = "/".join(("", "home", "me"))  # an invented home folder
-
-
-class Evil:
-    """Unpickling it writes a file."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return (Path.touch, (self.path,))
 
 
 # ---- in this process, without a Hub ---------------------------------------------------------------------------------
@@ -472,34 +461,9 @@ def hub():
 
 @pytest.fixture(scope="module")
 def work(hub, vit_folder, tmp_path_factory) -> Path:
-    """A folder for the clients, and a Hub with two classifiers."""
+    """A folder for the clients, and a Hub with classifiers."""
     work = tmp_path_factory.mktemp("hub")
-    module = make_timm("test_resnet")
-    save_for_hf(module, work / "timm-repository", safe_serialization=True)
-    hub.put("org/tiny-vit", vit_folder)
-    hub.put("org/public", {"x.txt": b"x"})
-    hub.put("timm/tiny-resnet", work / "timm-repository")
-    TTameModel.from_backbone(vit_folder).save_pretrained(work / "ready")
-    hub.put("org/ready", work / "ready")
-    facts = {
-        "report.json": {"images": 12, "methods": {"ttame": {"AD soft 50": 20.25}}},
-        "training.json": {"steps": 77},
-        "card.json": {"license": "mit"},
-    }
-    head = {"head_fingerprint": fingerprint_of_folder(work / "ready")}
-    for name, record in facts.items():
-        (work / "ready" / name).write_text(json.dumps({**record, **({} if name == "card.json" else head)}))
-    hub.put("org/measured", work / "ready")
-    weights = load_file(vit_folder / "model.safetensors")
-    for name, state in (("pickled", weights), ("evil", {**weights, "x": Evil(work / "evil-pickle-was-run")})):
-        torch.save(state, work / "pytorch_model.bin")
-        files = {f.name: f.read_bytes() for f in vit_folder.iterdir() if f.suffix == ".json"}
-        hub.put(f"org/{name}-vit", {**files, "pytorch_model.bin": (work / "pytorch_model.bin").read_bytes()})
-    (work / "maps").mkdir()
-    pyarrow.parquet.write_table(pyarrow.table({"id": [1], "score": [0.5]}), work / "maps" / "maps-00000.parquet")
-    (work / "space").mkdir()
-    (work / "space" / "README.md").write_text("---\ntitle: x\nsdk: gradio\n---\nhi")
-    (work / "space" / "app.py").write_text("print()\n")
+    fill(hub, work, vit_folder)
     return work
 
 
