@@ -23,7 +23,7 @@ from huggingface_hub.utils import validate_repo_id
 from .configuration_ttame import TTameConfig
 from .head import TTameHead
 from .records import CARD, TRAINING, check_folder, read_json, report_name
-from .saving import PATH_IN_TEXT, is_local_path, without_tokens
+from .saving import PATH_IN_TEXT, is_hub_id, without_tokens
 
 GENERATED = "Written by `ttame card`. Change card.json or report.json and run it again, or remove this line."
 NOT_MEASURED = "not measured"
@@ -72,6 +72,11 @@ def _plain(value: Any) -> str:
 
 def _without_secrets(text: str) -> str:
     return PATH_IN_TEXT.sub("(local path)", without_tokens(text))
+
+
+def is_ours(card: Path) -> bool:
+    """Whether a card may be written there: none is there, or an earlier one of ours. One that somebody wrote stays."""
+    return not card.exists() or GENERATED in card.read_text(encoding="utf-8", errors="replace")
 
 
 def write_card(folder: str | os.PathLike, repo_id: str | None = None, output: Path | None = None) -> Path:
@@ -253,7 +258,7 @@ def _normalised(report: Any, measured_on: str | None = None) -> dict[str, Any] |
     for name, table in (report.get("differences") or {}).items():
         differences[name] = {m: [v["low"], v["high"]] for m, v in table.items() if isinstance(v, dict) and "low" in v}
     data = str(report.get("dataset") or report.get("data") or NOT_RECORDED)
-    shown = data if data == NOT_RECORDED or _is_hub_id(data.partition(" ")[0]) else "a local folder"
+    shown = data if data == NOT_RECORDED or is_hub_id(data.partition(" ")[0]) else "a local folder"
     return {
         "images": report.get("images"),
         "dataset": measured_on or shown,
@@ -462,18 +467,7 @@ def _dataset(training: Any) -> str:
     name = (training or {}).get("dataset")
     if not name:
         return NOT_RECORDED
-    return name if _is_hub_id(name) else "a local folder"
-
-
-def _is_hub_id(name: Any) -> bool:
-    """Whether a data set's name can be shown: "organisation/name", and no place on this machine."""
-    parts = name.split("/") if isinstance(name, str) else []
-    return (
-        len(parts) == 2
-        and all(re.fullmatch(r"[\w.-]*\w[\w.-]*", part) for part in parts)
-        and not is_local_path(name)
-        and not Path(name).exists()
-    )
+    return name if is_hub_id(name) else "a local folder"
 
 
 def _limits(config: TTameConfig, own: Mapping[str, Any], report: Any) -> list[str]:

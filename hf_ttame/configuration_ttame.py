@@ -9,6 +9,7 @@ from .answers import OUTPUTS
 
 # 2 added classifier_outputs and layers that are entries of the library's own list; 1 loads as it is.
 FORMAT_VERSION = 2
+_MAX_SIDE, _MAX_CLASSES = 8192, 1_000_000  # a config may come from anybody: it must not fill the memory
 LAYOUTS = ("NCHW", "NHWC", "tokens")
 
 
@@ -95,6 +96,9 @@ class TTameConfig(PretrainedConfig):
                 "config.json names a file of weights (transformers_weights), which could be a pickle; an explainer's "
                 "weights are model.safetensors: remove the entry"
             )
+        classes = kwargs.get("num_labels")
+        if classes is not None and not (isinstance(classes, int) and 1 <= classes <= _MAX_CLASSES):
+            raise ValueError(f"num_labels must lie in 1..{_MAX_CLASSES}, got {classes!r}")
         super().__init__(**kwargs)
 
     @classmethod
@@ -126,8 +130,8 @@ class TTameConfig(PretrainedConfig):
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         for name in ("image_size", "map_size"):
             size = getattr(self, name)
-            if len(size) != 2 or min(size) < 1:
-                raise ValueError(f"{name} must be [height, width] with both at least 1, got {size}")
+            if len(size) != 2 or not 1 <= min(size) <= max(size) <= _MAX_SIDE:
+                raise ValueError(f"{name} must be [height, width] with both in 1..{_MAX_SIDE}, got {size}")
         if len(self.pixel_scale) != len(self.pixel_shift) or 0 in self.pixel_scale:
             raise ValueError(
                 "pixel_scale and pixel_shift must have one entry per channel and no scale may be 0, "

@@ -16,8 +16,8 @@ from typing import Any
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard
 from huggingface_hub.utils import HfHubHTTPError, RepositoryNotFoundError, validate_repo_id
 
-from .cards import GENERATED, write_card
-from .records import REPORT, check_folder, read_json
+from .cards import is_ours, write_card
+from .records import REPORT, TRAINING, check_folder, read_json
 from .saving import (
     HUB_ERRORS,
     LABELS,
@@ -25,6 +25,7 @@ from .saving import (
     REMOTE_MODULE,
     TOKEN,
     checked_token,
+    is_hub_id,
     is_local_path,
     patiently,
     without_tokens,
@@ -72,6 +73,7 @@ _EXAMPLE_COLUMNS: tuple[str, ...] = (
     "path",
     "url",
 )
+_SOURCES = ("data", "dataset", "validation", "backbone", "model")  # of a report or a training: Hub ids, or folders
 _MAP_COLUMNS = ("map", "maps", "seen")  # ours: pictures of maps, without the photograph
 # How pictures begin: PNG, JPEG, GIF, BMP, TIFF, WebP, HEIF and AVIF, DICOM, NumPy.
 _MAGIC = re.compile(
@@ -171,7 +173,8 @@ def push_folder(
         raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
     if kind == "model":
         check_folder(folder)
-        _refresh_card(folder, repo_id)
+        if is_ours(folder / "README.md"):
+            write_card(folder, repo_id)
     sent, left_out = files_to_push(folder, kind, include_examples)
     check_contents(folder, sent, include_examples)
 
@@ -330,6 +333,9 @@ def check_contents(folder: Path, files: list[Path], include_examples: bool = Fal
         entries = list(_strings(read_json(file))) if file.suffix == ".json" else [("", text)]
         places = [value for _, value in entries if file.suffix == ".json" and is_local_path(value)]
         places += PATH_IN_TEXT.findall(text)
+        if name in (REPORT, TRAINING):  # "data/patients test": a folder's name in front of what was read of it
+            sources = [value for key, value in entries if key in _SOURCES]
+            places += [s for s in sources if re.search(r"[/\\]", s.split(" ")[0]) and not is_hub_id(s.split(" ")[0])]
         if places:
             raise ValueError(
                 f"{name!r} holds the local path {places[0]!r}, which is nobody else's business; remove it"
@@ -420,13 +426,6 @@ def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
             yield from _strings(entry, key)
     elif isinstance(value, str):
         yield key, value
-
-
-def _refresh_card(folder: Path, repo_id: str) -> None:
-    """Write the card where there is none, or an earlier one of ours; a card that somebody wrote stays."""
-    card = folder / "README.md"
-    if not card.exists() or GENERATED in card.read_text():
-        write_card(folder, repo_id)
 
 
 def _command(

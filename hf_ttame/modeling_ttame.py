@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput
 
 from .answers import answered, class_logits, probabilities
 from .backbones import Backbone, check_finite, input_channels, labels_of, load_backbone, outputs_of, wrap_backbone
+from .cards import is_ours, write_card
 from .configuration_ttame import TTameConfig
 from .explanation import Explanation
 from .features import FeatureLayer, check_names, classify, extract, probe_layers
@@ -496,7 +497,7 @@ class TTameModel(PreTrainedModel):
                 "could meet other weights later; pass revision=COMMIT to from_backbone, or include_backbone=True"
             )
         target.parent.mkdir(parents=True, exist_ok=True)
-        before = self.config.backbone_included
+        before = (self.config.backbone_included, self.config.head_fingerprint)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as part:
             try:
                 self.config.backbone_included = include
@@ -506,12 +507,11 @@ class TTameModel(PreTrainedModel):
                         for name, tensor in self.head.state_dict().items()
                     }
                 saved = kwargs.get("state_dict") or self.head.state_dict(prefix="head.")
-                self.config.head_fingerprint = head_fingerprint(
-                    {name: tensor for name, tensor in saved.items() if name.startswith("head.")}
-                )
+                head = head_fingerprint({name: saved[name] for name in saved if name.startswith("head.")})
+                self.config.head_fingerprint = head
                 super().save_pretrained(part, **kwargs)
             finally:
-                self.config.backbone_included = before
+                self.config.backbone_included, self.config.head_fingerprint = before
             add_remote_code(Path(part))
             if self.image_processor is not None:
                 self.image_processor.save_pretrained(part)
@@ -520,9 +520,15 @@ class TTameModel(PreTrainedModel):
                 backbone.save_pretrained(Path(part, "backbone"))
                 self.image_processor.save_pretrained(Path(part, "backbone"))
             clean_configs(Path(part))
-            for name, record in self._records.of(self.config.head_fingerprint, kwargs.get("token")):
+            for name, record in self._records.of(head, kwargs.get("token")):
                 Path(part, name).write_text(json.dumps(record, indent=2) + "\n")
+            if is_ours(target / "README.md"):
+                try:
+                    write_card(part)
+                except ValueError as error:  # never worth the weights
+                    warnings.warn(f"the explainer is saved without a card: {error}", stacklevel=2)
             move_into(Path(part), target)
+        self.config.head_fingerprint = head
 
     def _pin_backbone(self) -> bool:
         """Record the commit of the backbone's Hub id. True where none is known: the backbone must be included."""
@@ -580,6 +586,11 @@ class TTameModel(PreTrainedModel):
                 patiently(lambda: fetch_weights(source, **where))
             load = super().from_pretrained
             model, info = patiently(lambda: load(source, *args, **{**kwargs, "output_loading_info": True}))
+            processor = patiently(
+                lambda: AutoImageProcessor.from_pretrained(
+                    source, backend=model.config.processor_backend, trust_remote_code=False, **where
+                )
+            )
         except SafetensorError as error:
             if cached:
                 check_download(*cached)
@@ -590,6 +601,10 @@ class TTameModel(PreTrainedModel):
             if cached:
                 check_download(*cached)
             raise ValueError(f"the explainer {source!r} cannot be loaded: {error}") from error
+        except ValueError:  # perhaps a damaged file that is no JSON any more
+            if cached:
+                check_download(*cached)
+            raise
         if cached:
             check_download(*cached)
         if missing := [key for key in info["missing_keys"] if key.startswith("head.")]:
@@ -601,18 +616,22 @@ class TTameModel(PreTrainedModel):
         }
         model._records = Records.beside(source, model.head.state_dict(), **beside)
         hub_kwargs |= attention
-        model._load_backbone(source, backbone, strict, kwargs.get("revision"), kwargs.get("dtype"), hub_kwargs)
+        own = (kwargs.get("revision"), kwargs.get("dtype"), hub_kwargs)
+        model._load_backbone(source, backbone, processor, strict, *own)
         return (model, info) if loading_info else model
 
     def _load_backbone(
-        self, source: str, backbone: Any, strict: bool, revision: str | None, dtype: Any, hub_kwargs: dict[str, Any]
+        self,
+        source: str,
+        backbone: Any,
+        processor: Any,
+        strict: bool,
+        revision: str | None,
+        dtype: Any,
+        hub_kwargs: dict[str, Any],
     ) -> None:
         config = self.config
         own = {**hub_kwargs, "revision": revision}  # the explainer's revision says nothing about the backbone's
-        here = {key: value for key, value in own.items() if key != "attn_implementation"}
-        processor = AutoImageProcessor.from_pretrained(
-            source, backend=config.processor_backend, trust_remote_code=False, **here
-        )
         # The backbone is compared in the dtype of its fingerprint, then cast.
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         dtype = getattr(torch, str(config.backbone_fingerprint).split(":")[0], wanted)

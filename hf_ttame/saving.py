@@ -73,6 +73,17 @@ def is_local_path(text: Any) -> bool:
     return isinstance(text, str) and len(text) > 1 and _LOCAL_PATH.match(text) is not None
 
 
+def is_hub_id(name: Any) -> bool:
+    """Whether a name can be shown to anybody: "organisation/name", and no place on this machine."""
+    parts = name.split("/") if isinstance(name, str) else []
+    return (
+        len(parts) == 2
+        and all(re.fullmatch(r"[\w.-]*\w[\w.-]*", part) for part in parts)
+        and not is_local_path(name)
+        and not Path(name).exists()
+    )
+
+
 def holds_local_path(text: Any) -> bool:
     """Whether a value is a local path, or a text with one in it."""
     return is_local_path(text) or (isinstance(text, str) and PATH_IN_TEXT.search(text) is not None)

@@ -230,7 +230,7 @@ def faults(few: bool = False) -> dict[str, Any]:
         return problem
 
     found: list[Any] = []
-    for kind, match, times in DOWNLOAD_FAULTS[: 8 if few else None]:
+    for kind, match, times in DOWNLOAD_FAULTS[: 9 if few else None]:
         cache = WORK / "caches" / str(len(table))
         ask("/_test/fault", {"kind": kind, "match": match, "times": times})
         began = time.perf_counter()
@@ -262,8 +262,10 @@ DOWNLOAD_FAULTS = [
     ("checksum", "GET /org/ttame-vit/resolve/.*config.json", 1),
     ("checksum", "GET /org/tiny-vit/resolve/.*model.safetensors", 1),
     ("checksum", "GET /org/tiny-vit/resolve/.*/config.json", 1),
+    ("checksum", "GET /org/ttame-vit/resolve/.*preprocessor_config.json", 1),
     ("slow", WEIGHTS, 1),
     ("500", WEIGHTS, 99),
+    ("500", "GET /org/ttame-vit/resolve/.*preprocessor_config.json", 1),
     ("500", "GET /org/tiny-vit/resolve/.*model.safetensors", 1),
     ("cut", "GET /org/tiny-vit/resolve/.*model.safetensors", 1),
     ("500", "HEAD /org/ttame-vit/resolve", 1),

@@ -309,6 +309,8 @@ def test_links_are_not_followed(saved, tmp_path):
         ("report.md", "of Smith_John.nii.gz, 3 mm", r"names picture files \('Smith_John.nii.gz'\)", False),
         ("report.json", {"pictures": {"x": "Smith.png"}}, "names picture files .*Smith.png", False),
         ("training.json", {"note": "'Smith.HEIC' cannot be read"}, "names picture files .*Smith.HEIC", False),
+        ("report.json", {"data": "data/patients/Smith test"}, "local path 'data/patients/Smith test'", True),
+        ("training.json", {"arguments": {"dataset": "data\\Smith"}}, "local path 'data.*Smith'", True),
         ("report.md", "on /Volumes/P/x", "local path '/Volumes/P'", True),
         *(
             (name, f"t=hf_{kind}_" + "aZ9" * 8, "holds an access token", True)
@@ -426,6 +428,22 @@ def test_a_card_that_somebody_wrote_stays(saved):
     with pytest.raises(ConnectionError):
         push_folder(saved, "org/x", say=lambda line: None)
     assert (saved / "README.md").read_text() == "# mine"
+
+
+def test_saving_writes_the_card(vit, tmp_path):
+    vit.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == render_card(tmp_path)
+    (tmp_path / "README.md").write_text("# mine")
+    vit.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "# mine"
+
+
+def test_a_card_that_cannot_be_written_does_not_cost_the_weights(saved, tmp_path):
+    (saved / "card.json").write_text(json.dumps({"unheard": "x"}))
+    model = TTameModel.from_pretrained(saved)
+    with pytest.warns(UserWarning, match="saved without a card: .*got 'unheard'"):
+        model.save_pretrained(tmp_path / "new")
+    assert torch.equal(TTameModel.from_pretrained(tmp_path / "new").head.fuser.weight, model.head.fuser.weight)
 
 
 def test_the_command_card(saved):
@@ -760,7 +778,7 @@ def test_faults_end_in_success_or_a_clear_error(fault_table):
     assert outcomes[("push", "500 x 1")] == "ok"
     assert "was not pushed" in outcomes[("push", "400 x 9")]
     damaged = [row[4] for row in fault_table if row[1].startswith("checksum")]
-    assert len(damaged) == 4
+    assert len(damaged) == 5
     assert all("was damaged on its way" in text for text in damaged)
 
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError
 
+from hf_ttame.cards import is_ours, write_card
 from hf_ttame.records import TRAINING, fingerprint_of_folder
 from hf_ttame.visualization import plot_curves
 
@@ -35,9 +36,11 @@ def write(path: Path, content: str | Image.Image) -> None:
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """The training record of the explainer that was saved in `folder`; it names the head that it is about."""
+    """The training record of the explainer that was saved in `folder`, naming its head; and the card that shows it."""
     named = {**record, "head_fingerprint": fingerprint_of_folder(folder)}
     write(folder / TRAINING, json.dumps(named, indent=2) + "\n")
+    if is_ours(folder / "README.md"):
+        write_card(folder)
 
 
 def attempt(what: str, action: Callable[[], None]) -> bool:
