@@ -14,7 +14,8 @@ from huggingface_hub import ModelCard
 
 from hf_ttame import TTameModel
 from hf_ttame.cards import GENERATED, code, escape, render_card, write_card
-from hf_ttame.hub import push_folder
+from hf_ttame.evaluation import Plan, compare
+from hf_ttame.hub import check_contents, files_to_push, push_folder
 from hf_ttame.records import fingerprint_of_folder, head_fingerprint
 
 CARDS = Path(__file__).parents[1] / "model_cards"
@@ -203,6 +204,26 @@ def test_the_fingerprint_of_a_head(folder):
     counted = {**weights, "class_counts": weights["class_counts"] + 1}
     assert head_fingerprint(counted) == head_fingerprint(weights)
     assert head_fingerprint({**weights, "fuser.bias": weights["fuser.bias"] + 0.1}) != head_fingerprint(weights)
+
+
+def test_what_compare_measured_is_shown_and_names_no_folder(folder, tmp_path, photo):
+    pictures = tmp_path / "patients_smith"
+    pictures.mkdir()
+    for seed in range(2):
+        photo(80, 70, seed).save(pictures / f"smith_{seed}.png")
+    explainer = Path(shutil.copytree(folder, tmp_path / "x"))
+    model = TTameModel.from_pretrained(explainer)
+    plan = Plan(str(pictures), methods=("ttame",), metrics=("confidence",), batch_size=2)
+    report = compare(model, plan, tmp_path / "out", progress=False)
+    text = (tmp_path / "out/report.json").read_text()
+    assert "smith" not in text
+    assert "smith" not in (tmp_path / "out/report.md").read_text()
+    shutil.copy(tmp_path / "out/report.json", explainer)
+    card = render_card(explainer)
+    assert "2 photographs of a local folder" in card
+    own = report["methods"]["ttame"]["measures"]["AD soft 50"]
+    assert f"- AD soft 50: {own['mean']:.3f} ({own['low']:.3f} to {own['high']:.3f})" in card
+    check_contents(explainer, files_to_push(explainer, "model")[0])
 
 
 def test_records_follow_their_head(folder, tmp_path):

@@ -27,6 +27,7 @@ from hf_ttame import TTameModel
 from hf_ttame.cards import render_card, write_card
 from hf_ttame.cli import app
 from hf_ttame.hub import check_contents, detect_kind, files_to_push, push_folder
+from hf_ttame.records import fingerprint_of_folder
 from hf_ttame.saving import is_local_path, patiently, without_paths
 
 ROOT = Path(__file__).parents[1]
@@ -808,6 +809,8 @@ def test_training_streams_its_pictures_from_the_hub(hub, work, training):
     assert process.wait(240) == 0, log.read_text()[-4000:]
     assert fault.hits == 1
     record = json.loads((work / "run" / "explainer" / "training.json").read_text())
+    assert record["head_fingerprint"] == fingerprint_of_folder(work / "run" / "explainer")
+    assert "steps 2" in (work / "run" / "explainer" / "README.md").read_text()
     given = record["arguments"]
     assert (given["dataset"], given["backbone"], record["steps"]) == ("org/pictures", "org/tiny-vit", 2)
     config = json.loads((work / "run" / "explainer" / "config.json").read_text())
