@@ -40,14 +40,14 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
     named = {**record, "head_fingerprint": fingerprint_of_folder(folder)}
     write(folder / TRAINING, json.dumps(named, indent=2) + "\n")
     if is_ours(folder / "README.md"):
-        write_card(folder)
+        attempt("README.md", lambda: write_card(folder))
 
 
 def attempt(what: str, action: Callable[[], None]) -> bool:
     """Write something that the run can do without; whether it worked. A full disk is no reason to stop training."""
     try:
         action()
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         print(f"warning: {what} could not be written: {error}", file=sys.stderr)
         return False
     return True
