@@ -23,7 +23,7 @@ from .card_text import NOT_MEASURED, NOT_RECORDED, code, escape, number, plain, 
 from .configuration_ttame import TTameConfig
 from .head import TTameHead
 from .records import CARD, TRAINING, check_folder, read_json, report_name
-from .saving import is_hub_id
+from .saving import is_hub_id, write_whole
 
 GENERATED = "Written by `ttame card`. Change card.json or report.json and run it again, or remove this line."
 TAGS = ("explainability", "explainable-ai", "xai", "saliency", "attribution", "t-tame", "image-classification")
@@ -59,12 +59,7 @@ def write_card(folder: str | os.PathLike, repo_id: str | None = None, output: Pa
     text = render_card(folder, repo_id)
     target = output or Path(folder, "README.md")
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(target, text)
     return target
 
 

@@ -291,6 +291,76 @@ def compare(
     _measure(model, backbone, plan, output, None)
 
 
+@app.command()
+def explain_dataset(
+    dataset: Annotated[
+        str, typer.Argument(help="Pictures: a Hub id, a folder of parquet or tar files or of pictures, such a file.")
+    ],
+    model: Annotated[str, typer.Option(help="Explainer: a folder, a Hub id, or efficientnet-lite0: the shipped one.")],
+    out: Annotated[Path, typer.Option(help="Folder for the maps; an interrupted run continues there.")],
+    class_: Annotated[
+        list[str] | None,
+        typer.Option("--class", help="Label or id; repeat for several. Default: the predicted class."),
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="The K classes with the highest scores.")] = None,
+    split: Annotated[str, typer.Option(help="Split of the dataset.")] = "train",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub dataset.")] = None,
+    image_column: Annotated[str | None, typer.Option(help="Column of the pictures; found if not given.")] = None,
+    id_column: Annotated[
+        str | None, typer.Option(help="Column that names the pictures; of a folder their paths, '' for none.")
+    ] = None,
+    keep_columns: Annotated[str, typer.Option(help="Comma-separated: columns to carry over.")] = "",
+    overlays: Annotated[bool, typer.Option("--overlays", help="Also a JPEG of each map over its picture.")] = False,
+    backbone: Annotated[str | None, _BACKBONE] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    batch_size: Annotated[int, typer.Option(help="Pictures per pass.")] = 32,
+    workers: Annotated[int | None, typer.Option(help="Processes that decode pictures. Default: by the cores.")] = None,
+    rows_per_file: Annotated[int, typer.Option(help="Pictures per file of maps, at most.")] = 512,
+) -> None:
+    """Explain every picture of a dataset into parquet files of maps. Distributed under `accelerate launch`."""
+    _quiet()
+    for module in ("accelerate", "datasets"):
+        _require(module, "datasets")
+    import torch
+    from accelerate import Accelerator
+
+    from .explain_dataset import MapPlan
+    from .explain_dataset import explain_dataset as run
+
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in kinds:
+        raise ValueError(f"--dtype must be one of {', '.join(kinds)}, got {dtype!r}")
+    plan = MapPlan(
+        dataset,
+        split,
+        revision,
+        image_column,
+        id_column,
+        tuple(name.strip() for name in keep_columns.split(",") if name.strip()),
+        tuple(class_) if class_ else None,
+        top_k,
+        overlays,
+        rows_per_file,
+        batch_size,
+        workers,
+    )
+    accelerator = Accelerator()
+    explainer = _load(model, backbone).to(kinds[dtype])
+    try:
+        report = run(explainer, plan, out, accelerator=accelerator, say=typer.echo)
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted; what is complete stands in {out}: run the same command again to continue", err=True)
+        raise typer.Exit(130) from None
+    if report:
+        typer.echo(
+            f"{report['pictures']} pictures explained, {report['unreadable']} unreadable (report.json); "
+            f"{report['files']} files, {report['bytes'] / 1e6:.1f} MB in {out}"
+        )
+    else:
+        typer.echo("this process has done its share; the one that finishes last writes the report")
+    accelerator.end_training()
+
+
 def _measure(
     model: str, backbone: str | None, plan: dict[str, Any], output: Path, checks: dict[str, Any] | None
 ) -> None:

@@ -6,7 +6,6 @@ Then each method explains batch after batch; every result is a row under (table,
 parquet part within a minute, so that a killed run continues where it was. Processes take turns with the batches.
 """
 
-import json
 import math
 import os
 import time
@@ -45,7 +44,7 @@ from .modeling_ttame import TTameModel
 from .pictures import decode, image_column, open_stream, parse_where, rows
 from .records import head_fingerprint
 from .reporting import environment, write_report
-from .saving import fingerprint
+from .saving import fingerprint, lock_settings
 
 METRICS = ("confidence", "adcc", "road", "insertion-deletion", "mosaic")
 SHEET_IMAGES = 6
@@ -352,28 +351,6 @@ def read_rows(path: Path) -> dict[Key, dict[str, Any]]:
         (row.pop("table"), row.pop("index"), row.pop("method")): {k: v for k, v in row.items() if v is not None}
         for row in listed
     }
-
-
-def lock_settings(folder: Path, record: dict[str, Any], main: bool) -> None:
-    """Write settings.json, or check that an earlier run in the folder measured the same thing.
-
-    Raises:
-        ValueError: it did not; the message names the differences.
-    """
-    file = folder / "settings.json"
-    if file.exists():
-        earlier = json.loads(file.read_text())
-        changed = [key for key in {*earlier, *record} if earlier.get(key) != json.loads(json.dumps(record)).get(key)]
-        if changed:
-            raise ValueError(
-                f"{folder} holds results of another run; different: "
-                + ", ".join(f"{key} ({earlier.get(key)!r} there, {record.get(key)!r} here)" for key in sorted(changed))
-                + "; choose another --output"
-            )
-    elif main:
-        part = file.with_name(".settings.json.part")
-        part.write_text(json.dumps(record, indent=2) + "\n")
-        os.replace(part, file)
 
 
 # ---- measuring ----------------------------------------------------------------------------------------------------

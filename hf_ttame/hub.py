@@ -392,6 +392,7 @@ def _check_columns(file: Path, name: str) -> None:
 
 def _nested(kind: Any) -> tuple[set[str], set[str]]:
     """Lower-case names of the fields inside an Arrow type, and its kinds of values."""
+    kind = getattr(kind, "storage_type", kind)  # of the arrays of `datasets`
     if hasattr(kind, "value_type") and not hasattr(kind, "item_type"):  # a list or a dictionary
         return _nested(kind.value_type)
     names: set[str] = set()

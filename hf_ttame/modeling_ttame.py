@@ -352,13 +352,7 @@ class TTameModel(PreTrainedModel):
         pixel_values = preprocess(self.image_processor, pictures).to(self.device)
         logits, features = self.features(pixel_values)
         scores = probabilities(logits, outputs)
-        if wanted is not None:
-            counts = [wanted.numel()] * len(pictures)
-            ids = wanted.to(logits.device).expand(len(pictures), -1)
-        else:
-            # The classes of the answer have the highest scores, so that the first of the sorted ones are just those.
-            counts = [top_k] * len(pictures) if top_k else answered(logits, outputs).sum(dim=1).tolist()
-            ids = logits.topk(max(counts), dim=1).indices
+        ids, counts = self._select(logits, wanted, top_k)
         self._warn_unseen(torch.cat([row[:count] for row, count in zip(ids, counts, strict=True)]))
         maps = self.scale_maps(self.head(features, ids)).cpu()
         for row, (picture, count) in enumerate(zip(pictures, counts, strict=True)):
@@ -374,6 +368,19 @@ class TTameModel(PreTrainedModel):
                     score=float(scores[row, class_id]),
                     image=shown(picture),
                 )
+
+    def _select(
+        self, logits: torch.Tensor, wanted: torch.Tensor | None, top_k: int | None
+    ) -> tuple[torch.Tensor, list[int]]:
+        """The classes to explain, (B, N), and how many of them count in each row; the arguments of `explain`."""
+        batch = len(logits)
+        if wanted is not None:
+            return wanted.to(logits.device).expand(batch, -1), [wanted.numel()] * batch
+        # The classes of the answer have the highest scores, so that the first of the sorted ones are just those.
+        outputs = self.config.classifier_outputs
+        one = top_k or (1 if outputs != "sigmoid" else None)
+        counts = [one] * batch if one else answered(logits, outputs).sum(dim=1).tolist()
+        return logits.topk(max(counts), dim=1).indices, counts
 
     def _warn_unseen(self, ids: torch.Tensor) -> None:
         """Warn, once, where a map is asked for of a class that training never explained."""

@@ -35,27 +35,44 @@ def open_stream(
         ValueError: the folder holds no pictures, or there is no such dataset or split.
     """
     path = Path(name)
-    if path.is_file() and path.suffix in (".parquet", ".tar"):
-        return _from_files([path], streaming)
-    if path.is_file():
-        raise ValueError(f"{name!r} is neither a .parquet nor a .tar file; give one of these or a folder")
-    if path.is_dir():
-        return _from_folder(path, split, streaming)
+    if not path.exists():
+        dataset = load_from_hub(name, split, revision, streaming)
+        return dataset if streaming else _in_shards(dataset)
+    found = contents(path, split)
+    if isinstance(found, datasets.Dataset):
+        return _in_shards(found)
+    if found[0].suffix in (".parquet", ".tar"):
+        return _from_files(found, streaming)
+    pictures = [str(file) for file in found]
+    random.Random(0).shuffle(pictures)  # folders of one class each would give batches of one class
+    return _in_shards(datasets.Dataset.from_dict({"image": pictures}))
+
+
+def load_from_hub(name: str, split: str, revision: str | None = None, streaming: bool = True) -> Any:
+    """`datasets.load_dataset`; ValueError where there is no such dataset."""
     try:
-        dataset = datasets.load_dataset(name, split=split, revision=revision, streaming=streaming)
+        return datasets.load_dataset(name, split=split, revision=revision, streaming=streaming)
     except (FileNotFoundError, ValueError, ConnectionError) as error:
         raise ValueError(f"{name!r} is neither a folder nor a dataset on the Hub: {error}") from error
-    return dataset if streaming else _in_shards(dataset)
 
 
-def _from_folder(path: Path, split: str, streaming: bool) -> datasets.IterableDataset:
+def contents(path: Path, split: str) -> datasets.Dataset | list[Path]:
+    """What a file or folder holds: a saved dataset, or the files of one kind, .parquet, .tar or pictures, by name.
+
+    Raises:
+        ValueError: neither, or no such split.
+    """
+    if path.is_file():
+        if path.suffix not in (".parquet", ".tar"):
+            raise ValueError(f"{str(path)!r} is neither a .parquet nor a .tar file; give one of these or a folder")
+        return [path]
     if (path / "dataset_dict.json").exists():
         saved = datasets.load_from_disk(str(path))
         if split not in saved:
             raise ValueError(f"{str(path)!r} has no split {split!r}; it has: {', '.join(saved)}")
-        return _in_shards(saved[split])
+        return saved[split]
     if (path / "state.json").exists():
-        return _in_shards(datasets.load_from_disk(str(path)))
+        return datasets.load_from_disk(str(path))
     for suffix in (".parquet", ".tar"):
         if found := sorted(path.rglob(f"*{suffix}")):
             named = {file: {file.name.split("-")[0].split(".")[0], file.parent.name} & _SPLITS for file in found}
@@ -64,32 +81,36 @@ def _from_folder(path: Path, split: str, streaming: bool) -> datasets.IterableDa
                 raise ValueError(
                     f"{str(path)!r} has no split {split!r}; its files: {', '.join(f.name for f in found[:5])}"
                 )
-            return _from_files(files or found, streaming)
+            return files or found
     parts = sorted(part.name for part in path.iterdir() if part.is_dir() and part.name in _SPLITS)
     if parts and split not in parts and split != "train":
         raise ValueError(f"{str(path)!r} has no folder {split!r}; it has: {', '.join(parts)}")
     path = path / split if split in parts else path
-    pictures = sorted(str(file) for file in path.rglob("*") if file.suffix.lower() in _PICTURES)
+    pictures = sorted((file for file in path.rglob("*") if file.suffix.lower() in _PICTURES), key=str)
     if not pictures:
         raise ValueError(
             f"the folder {str(path)!r} holds neither .parquet or .tar files nor pictures ({', '.join(_PICTURES)})"
         )
-    random.Random(0).shuffle(pictures)  # folders of one class each would give batches of one class
-    return _in_shards(datasets.Dataset.from_dict({"image": pictures}))
+    return pictures
 
 
 def _from_files(files: list[Path], streaming: bool) -> datasets.IterableDataset:
+    dataset = load_files(files, streaming)
+    if not streaming:
+        return _in_shards(dataset)
+    # Row groups are smaller than files: more parts to deal and to shuffle.
+    return dataset.reshard() if files[0].suffix == ".parquet" and hasattr(dataset, "reshard") else dataset
+
+
+def load_files(files: list[Path], streaming: bool = True) -> Any:
+    """The dataset of .parquet or .tar files, each a shard; ValueError where they cannot be read."""
     builder = "parquet" if files[0].suffix == ".parquet" else "webdataset"
     try:
-        dataset = datasets.load_dataset(
+        return datasets.load_dataset(
             builder, data_files=[str(file) for file in files], split="train", streaming=streaming
         )
     except (ValueError, OSError) as error:
         raise ValueError(f"{files[0].name!r} and its like cannot be read as {builder}: {error}") from error
-    if not streaming:
-        return _in_shards(dataset)
-    # Row groups are smaller than files: more parts to deal and to shuffle.
-    return dataset.reshard() if builder == "parquet" and hasattr(dataset, "reshard") else dataset
 
 
 def _in_shards(dataset: datasets.Dataset) -> datasets.IterableDataset:
@@ -116,7 +137,10 @@ def image_column(dataset: datasets.IterableDataset, wanted: str | None = None) -
     named = [name for name in ("image", "img", "jpg", "jpeg", "png", "webp", "pixel_values") if name in columns]
     if len(typed) == 1 or named:
         return typed[0] if len(typed) == 1 else named[0]
-    raise ValueError(f"no image column found; name it with --image_column; the columns: {', '.join(columns)}")
+    raise ValueError(
+        "no image column found; name it with --image-column (training: --image_column); the columns: "
+        + ", ".join(columns)
+    )
 
 
 def undecoded(dataset: datasets.IterableDataset, column: str) -> datasets.IterableDataset:

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -234,6 +235,36 @@ def check_download(repo_id: str, revision: str | None, cache_dir: Any = None) ->
                 f"{file.name!r} of {repo_id!r} was damaged on its way: its checksum is {digest.hexdigest()[:12]}, the "
                 f"Hub announced {blob.name[:12]}; it was removed from the cache, load again to fetch it anew"
             )
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that has its name only when it is complete, also where several processes write it at once."""
+    part = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def lock_settings(folder: Path, record: dict[str, Any], main: bool) -> None:
+    """Write settings.json, or check that an earlier run in the folder was made with the same ones.
+
+    Raises:
+        ValueError: it was not; the message names the differences.
+    """
+    file = folder / "settings.json"
+    if file.exists():
+        earlier, new = json.loads(file.read_text()), json.loads(json.dumps(record))
+        changed = [key for key in {*earlier, *new} if earlier.get(key) != new.get(key)]
+        if changed:
+            raise ValueError(
+                f"{folder} holds results of another run; different: "
+                + ", ".join(f"{key} ({earlier.get(key)!r} there, {new.get(key)!r} here)" for key in sorted(changed))
+                + "; choose another folder, or delete that one"
+            )
+    elif main:
+        write_whole(file, json.dumps(record, indent=2) + "\n")
 
 
 def move_into(part: Path, target: Path) -> None:

@@ -9,7 +9,12 @@ import torch
 import transformers
 from timm.models import list_modules
 from torch import nn
-from transformers import CONFIG_MAPPING, CLIPImageProcessorPil
+from transformers import (
+    CONFIG_MAPPING,
+    CLIPImageProcessorPil,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 # Names that are not tried at all, by pattern, with the reason.
@@ -161,6 +166,15 @@ def arguments(name: str) -> dict[str, Any]:
 def make_timm(name: str, own_size: bool = False) -> nn.Module:
     torch.manual_seed(0)
     return timm.create_model(name, num_classes=7, **({} if own_size else arguments(name))).eval()
+
+
+def make_small_timm(name: str, side: int, **shrunk: Any) -> tuple[nn.Module, CLIPImageProcessorPil]:
+    """A timm architecture made narrower and shallower by `shrunk`, in the wrapper that records such arguments."""
+    torch.manual_seed(0)
+    arguments = {"img_size": side, **shrunk}
+    overlay = {"input_size": (3, side, side)}
+    config = TimmWrapperConfig(architecture=name, num_classes=7, model_args=arguments, pretrained_cfg=overlay)
+    return TimmWrapperForImageClassification(config).eval(), plain_processor(side)
 
 
 def make_on_meta(name: str) -> nn.Module:

@@ -1,11 +1,18 @@
 """Tiny backbones with seeded random weights: nothing is downloaded."""
 
+import io
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Tensors this small are slower on two threads than on one: where another program wants a core, the threads wait for
+# one another at every operation (one test took 55 s instead of 2). One thread each lets processes share the cores.
+os.environ["OMP_NUM_THREADS"] = "1"
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import numpy as np
 import pytest
@@ -153,9 +160,41 @@ def photo() -> Callable[..., Image.Image]:
     return make
 
 
+@pytest.fixture
+def ttame(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., CompletedProcess[str]]]:
+    """ttame(*arguments): the command, run by its own `main` in this process; what it lets out is raised."""
+    from transformers.utils import logging
+
+    from hf_ttame.cli import main
+
+    def run(*arguments: object) -> CompletedProcess[str]:
+        command = ["ttame", *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", command)
+        monkeypatch.setenv("COLUMNS", "200")
+        status: object = 0
+        with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+            try:
+                main()
+            except SystemExit as end:
+                status = end.code
+        return CompletedProcess(command, int(status or 0), out.getvalue(), err.getvalue())
+
+    verbosity = logging.get_verbosity()
+    yield run
+    logging.set_verbosity(verbosity)  # the command quietens transformers for the whole process
+    logging.enable_progress_bar()
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--shard", default="0/1", help="of the sweep: this part / number of parts")
     parser.addoption("--report", default=None, help="of the sweep: file to which a line per architecture is added")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """The whole default run uses the cores, four at most; what is picked by name or marker stays in one process."""
+    whole = config.args_source is config.ArgsSource.TESTPATHS and not config.getoption("-m")
+    return min(4, os.cpu_count() or 1) if whole and not config.getoption("-k") else 0
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -16,6 +16,7 @@ from architectures import (
     default_config,
     excluded,
     make_on_meta,
+    make_small_timm,
     make_timm,
     make_transformers,
     modules,
@@ -34,9 +35,13 @@ from hf_ttame.layer_choice import default_layers, probe_layers
 # One architecture per layout, small enough for every run.
 TIMM_SAMPLE = [
     "test_vit", "test_vit3", "test_resnet", "test_efficientnet_ln", "test_byobnet", "test_convnext2", "test_nfnet",
-    "test_mambaout", "hiera_tiny_224", "levit_128s", "swin_tiny_patch4_window7_224", "xcit_nano_12_p16_224",
-    "pit_ti_distilled_224", "mobilevit_xxs",
+    "test_mambaout", "levit_128s", "xcit_nano_12_p16_224", "pit_ti_distilled_224", "mobilevit_xxs",
 ]  # fmt: skip
+# These families begin with tens of millions of parameters: at the smallest side, narrower and shallower.
+SMALL_TIMM_SAMPLE: dict[str, dict[str, Any]] = {
+    "hiera_tiny_224": {"side": 192, "embed_dim": 24, "stages": [1, 1, 2, 1]},
+    "swin_tiny_patch4_window7_224": {"side": 192, "embed_dim": 24, "depths": [1, 1, 2, 1], "num_heads": [1, 1, 2, 2]},
+}
 TRANSFORMERS_SAMPLE: dict[str, dict[str, Any]] = {
     "SwinForImageClassification": {"embed_dim": 24, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2]},
     "HieraForImageClassification": {"embed_dim": 24, "depths": [1, 1, 2, 1], "num_heads": [1, 2, 4, 8]},
@@ -109,9 +114,15 @@ def test_timm(name):
     assert not unplaced
 
 
-@pytest.mark.parametrize("name", TRANSFORMERS_SAMPLE)
-def test_transformers(name):
-    module, processor = make_transformers(name, **TRANSFORMERS_SAMPLE[name])
+def make_small(name: str) -> tuple[nn.Module, Any]:
+    if name in SMALL_TIMM_SAMPLE:
+        return make_small_timm(name, **SMALL_TIMM_SAMPLE[name])
+    return make_transformers(name, **TRANSFORMERS_SAMPLE[name])
+
+
+@pytest.mark.parametrize("name", [*SMALL_TIMM_SAMPLE, *TRANSFORMERS_SAMPLE])
+def test_small(name):
+    module, processor = make_small(name)
     side = processor.size["height"]
     _, unplaced = try_full(module, processor, (3, side, side), train=True)
     assert not unplaced
@@ -211,9 +222,14 @@ def test_every_transformers_class(name, request):
     ],
 )
 def test_a_wrong_grid_is_noticed(name, wrong, monkeypatch):
-    module = make_timm(name)
-    settle(module, module.pretrained_cfg["input_size"])
-    model = TTameModel.from_backbone(module)
+    if name in SMALL_TIMM_SAMPLE:
+        module, processor = make_small(name)
+        side = processor.size["height"]
+    else:
+        module, processor = make_timm(name), None
+        side = module.pretrained_cfg["input_size"][-1]
+    settle(module, (3, side, side))
+    model = TTameModel.from_backbone(module, processor=processor)
     assert misplaced(model) == []
     right = FeatureLayer.to_maps
 
@@ -232,9 +248,9 @@ def test_a_wrong_grid_is_noticed(name, wrong, monkeypatch):
 
 
 def test_tokens_in_mask_unit_order_are_refused():
-    module = make_timm("hiera_tiny_224")
+    module, processor = make_small("hiera_tiny_224")
     with pytest.raises(ValueError, match=r"mask-unit order.*hidden_states\[2\]"):
-        TTameModel.from_backbone(module, feature_layers=["blocks.1", "blocks.2"])
+        TTameModel.from_backbone(module, processor=processor, feature_layers=["blocks.1", "blocks.2"])
 
 
 @pytest.mark.parametrize("name", REFUSED)

