@@ -43,7 +43,7 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
         attempt("README.md", lambda: write_card(folder))
 
 
-def attempt(what: str, action: Callable[[], None]) -> bool:
+def attempt(what: str, action: Callable[[], Any]) -> bool:
     """Write something that the run can do without; whether it worked. A full disk is no reason to stop training."""
     try:
         action()
