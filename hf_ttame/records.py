@@ -74,7 +74,7 @@ def check_head(name: str, record: Any, head: str | None) -> None:
 def check_folder(folder: Path) -> None:
     """Raise ValueError where a report or training record in the folder is about another head."""
     head = None
-    for name in (report_name(folder), TRAINING):
+    for name in sorted({report_name(folder), REPORT, TRAINING}):
         if (record := read_json(folder / name)) is not None:
             head = head or fingerprint_of_folder(folder)
             check_head(name, record, head)

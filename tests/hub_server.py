@@ -99,6 +99,11 @@ class Hub:
         self.faults.append(fault)
         return fault
 
+    def reset(self) -> None:
+        self.faults.clear()
+        self.client_faults.clear()
+        self.requests.clear()
+
     def environment(self, home: Path, **extra: str) -> dict[str, str]:
         """The environment of a client: this Hub alone, an empty cache, no network beside loopback."""
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}

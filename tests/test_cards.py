@@ -185,6 +185,9 @@ def test_a_record_of_another_head_is_refused(folder, tmp_path, name):
     for attempt in (render_card, lambda place: push_folder(place, "org/x", say=lambda line: None)):
         with pytest.raises(ValueError, match=f"{name} is about another head"):
             attempt(tmp_path / "x")
+    (tmp_path / "x/card.json").write_text(json.dumps({"report": "other.json"}))  # the old one would still be sent
+    with pytest.raises(ValueError, match=f"{name} is about another head"):
+        render_card(tmp_path / "x")
     (tmp_path / "x" / name).write_text(json.dumps({"methods": {"ttame": {"AD soft 50": 1}}, "steps": 77}))
     with pytest.raises(ValueError, match=f"{name} does not say which head it is about"):
         render_card(tmp_path / "x")
