@@ -64,7 +64,12 @@ def write_card(folder: str | os.PathLike, repo_id: str | None = None, output: Pa
 
 
 def render_card(folder: str | os.PathLike, repo_id: str | None = None) -> str:
-    """The card of an explainer as Markdown with its metadata.
+    """The card of an explainer as Markdown with its metadata; arguments and errors as of `card_fields`."""
+    return string.Template(_template()).substitute(card_fields(folder, repo_id))
+
+
+def card_fields(folder: str | os.PathLike, repo_id: str | None = None) -> dict[str, str]:
+    """The parts of an explainer's card, each as Markdown: the names that stand in `template.md`.
 
     Args:
         folder: holds `config.json`; and, each optional, `report.json` (of `ttame compare` or of
@@ -96,7 +101,7 @@ def _render(folder: Path, config: TTameConfig, own: dict[str, Any], report: Any,
     if repo_id is not None:
         validate_repo_id(repo_id)
     name = own.get("classifier") or config.backbone or _architecture(config)
-    fields = {
+    return {
         "metadata": _metadata(config, own, report, name),
         "generated": GENERATED,
         "title": f"T-TAME explainer of {escape(name)}",
@@ -109,7 +114,6 @@ def _render(folder: Path, config: TTameConfig, own: dict[str, Any], report: Any,
         "limits": "\n".join(f"- {limit}" for limit in _limits(config, own, report)),
         "licences": _licences(config, own),
     }
-    return string.Template(_template()).substitute(fields)
 
 
 def _flat(training: Any) -> Any:

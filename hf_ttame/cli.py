@@ -169,6 +169,43 @@ def push(
 
 
 @app.command()
+def space(
+    model: Annotated[
+        str, typer.Option(help="Explainer: a folder, a Hub id, or efficientnet-lite0: the shipped one.")
+    ] = "efficientnet-lite0",
+    host: Annotated[str | None, typer.Option(help="Address to listen on. Default: this machine alone.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port. Default: the first free one from 7860 on.")] = None,
+) -> None:
+    """Look at explanations in the browser, test them and set them beside other methods. Ends with Ctrl-C."""
+    _require("gradio", "space")
+    _quiet()
+    from .space.serving import launch
+
+    launch(model, host, port)
+
+
+@app.command("push-space")
+def push_space(
+    repo_id: Annotated[str, typer.Argument(help="'organisation/name' on the Hub; created where it does not exist.")],
+    private: Annotated[bool, typer.Option("--private", help="Only you and your organisation can see it.")] = False,
+    message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
+) -> None:
+    """Publish the Space of `ttame space` on the Hub, in one commit."""
+    _quiet()
+    from .hub import push_folder
+
+    info = push_folder(
+        _shipped("spaces/ttame-demo/app.py").parent,
+        repo_id,
+        kind="space",
+        private=private or None,
+        commit_message=message,
+        say=typer.echo,
+    )
+    typer.echo(f"published: {info.commit_url}")
+
+
+@app.command()
 def convert(
     checkpoint: Annotated[Path, typer.Argument(help="The authors' .ckpt: VGG-16, ResNet-50 or ViT-B/16.")],
     output: Annotated[Path, typer.Option(help="Folder for the explainer.")],
@@ -187,16 +224,11 @@ def convert(
 )
 def train(context: typer.Context) -> None:
     """Train an explainer: `ttame train --backbone ... --dataset ... --output ...` (`ttame train --help` lists all)."""
-    package = Path(__file__).parent
-    script = next(
-        path for path in (package / "training" / "train.py", package.parent / "training" / "train.py") if path.exists()
-    )
+    script = _shipped("training/train.py")
     _require("accelerate", "train")
     _require("datasets", "train")
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(package.parent), os.environ.get("PYTHONPATH", "")]),
-    }
+    above = str(Path(__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([above, os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-m", "accelerate.commands.launch", str(script), *context.args]
     raise typer.Exit(subprocess.call(command, env=environment))
 
@@ -386,6 +418,12 @@ def _measure(
             f"wrote {output / 'report.md'}, report.json and {', '.join(report['pictures'].values()) or 'no plots'}"
         )
     accelerator.end_training()
+
+
+def _shipped(name: str) -> Path:
+    """A file that lies inside the package where it is installed, and beside it in a clone of the repository."""
+    package = Path(__file__).parent
+    return next(path for path in (package / name, package.parent / name) if path.exists())
 
 
 def _require(module: str, extra: str) -> None:

@@ -5,22 +5,33 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-# Dark blue, blue, cyan, green, yellow, red: low to high, readable over photographs.
-_ANCHORS = np.array(
-    [(36, 23, 99), (43, 99, 227), (38, 190, 214), (108, 226, 106), (240, 216, 58), (239, 107, 36), (158, 22, 16)],
-    dtype=np.float64,
-)
+# Low to high. "spectrum" is readable over photographs; "viridis" and "inferno" also without colour vision.
+COLOURS = {
+    name: np.array([tuple(bytes.fromhex(anchor)) for anchor in anchors.split()], dtype=np.float64)
+    for name, anchors in {
+        "spectrum": "241763 2b63e3 26bed6 6ce26a f0d83a ef6b24 9e1610",
+        "viridis": "440154 443983 31688e 21918c 35b779 90d743 fde725",
+        "inferno": "000004 320a5e 781c6d bc3754 ed6925 fbb61a fcffa4",
+        "grey": "000000 ffffff",
+        "blue-red": "1748a8 78a5e6 f4f4f4 ec8e68 b21820",  # for differences
+    }.items()
+}
 
 
-def colour_map(values: np.ndarray) -> np.ndarray:
-    """Colours (..., 3) uint8 of values in [0, 1], by linear interpolation between seven anchors."""
-    position = np.clip(values, 0, 1) * (len(_ANCHORS) - 1)
-    low = np.minimum(position.astype(int), len(_ANCHORS) - 2)
+def colour_map(values: np.ndarray, colours: str = "spectrum") -> np.ndarray:
+    """Colours (..., 3) uint8 of values in [0, 1], by linear interpolation between the anchors of one of COLOURS."""
+    if colours not in COLOURS:
+        raise ValueError(f"colours must be one of {', '.join(COLOURS)}, got {colours!r}")
+    anchors = COLOURS[colours]
+    position = np.clip(values, 0, 1) * (len(anchors) - 1)
+    low = np.minimum(position.astype(int), len(anchors) - 2)
     part = (position - low)[..., None]
-    return np.rint(_ANCHORS[low] * (1 - part) + _ANCHORS[low + 1] * part).astype(np.uint8)
+    return np.rint(anchors[low] * (1 - part) + anchors[low + 1] * part).astype(np.uint8)
 
 
-def overlay(image: Image.Image, explanation: np.ndarray, seen: np.ndarray, strength: float = 0.55) -> Image.Image:
+def overlay(
+    image: Image.Image, explanation: np.ndarray, seen: np.ndarray, strength: float = 0.55, colours: str = "spectrum"
+) -> Image.Image:
     """A map over its picture; pixels that the classifier never saw are greyed.
 
     Args:
@@ -28,6 +39,7 @@ def overlay(image: Image.Image, explanation: np.ndarray, seen: np.ndarray, stren
         explanation: (H, W) in [0, 1].
         seen: (H, W) bool.
         strength: share of colour in the blend, 0 to 1.
+        colours: one of COLOURS.
 
     Returns:
         RGB, W x H.
@@ -35,7 +47,7 @@ def overlay(image: Image.Image, explanation: np.ndarray, seen: np.ndarray, stren
     if not 0 <= strength <= 1:
         raise ValueError(f"strength must lie in [0, 1], got {strength}")
     photo = np.asarray(image, dtype=np.float64)
-    blend = (1 - strength) * photo + strength * colour_map(explanation)
+    blend = (1 - strength) * photo + strength * colour_map(explanation, colours)
     grey = photo.mean(axis=-1, keepdims=True) * 0.5 + 64
     return Image.fromarray(np.rint(np.where(seen[..., None], blend, grey)).astype(np.uint8))
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hf_ttame.visualization import _ANCHORS, colour_map, contact_sheet, overlay
+from hf_ttame.visualization import COLOURS, colour_map, contact_sheet, overlay
 
+ANCHORS = COLOURS["spectrum"]
 PHOTO = Image.fromarray(np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3) * 14)
 MAP = np.linspace(0, 1, 6).reshape(2, 3).astype(np.float32)
 SEEN = np.ones((2, 3), dtype=bool)
@@ -16,18 +17,27 @@ SEEN = np.ones((2, 3), dtype=bool)
 def test_colour_map_goes_through_its_anchors_from_end_to_end() -> None:
     found = colour_map(np.linspace(0, 1, 7))
     assert found.dtype == np.uint8
-    assert np.array_equal(found, _ANCHORS)
-    assert np.array_equal(colour_map(np.array([-3.0, 7.0])), _ANCHORS[[0, -1]])
+    assert np.array_equal(found, ANCHORS)
+    assert np.array_equal(colour_map(np.array([-3.0, 7.0])), ANCHORS[[0, -1]])
     assert colour_map(np.zeros((2, 5))).shape == (2, 5, 3)
 
 
 def test_colour_map_is_monotone_between_anchors() -> None:
     steps = colour_map(np.linspace(0, 1, 6 * 20 + 1)).astype(int)
-    for index, (low, high) in enumerate(pairwise(_ANCHORS)):
+    for index, (low, high) in enumerate(pairwise(ANCHORS)):
         change = np.diff(steps[20 * index : 20 * index + 21], axis=0)
         assert (change * np.sign(high - low) >= 0).all()
     halfway = colour_map(np.array(0.5 / 6))
-    assert np.array_equal(halfway, np.rint((_ANCHORS[0] + _ANCHORS[1]) / 2))
+    assert np.array_equal(halfway, np.rint((ANCHORS[0] + ANCHORS[1]) / 2))
+
+
+def test_every_choice_of_colours_and_no_other() -> None:
+    for name, anchors in COLOURS.items():
+        assert np.array_equal(colour_map(np.array([0.0, 1.0]), name), anchors[[0, -1]])
+    grey = overlay(PHOTO, MAP, SEEN, 1, "grey")
+    assert np.array_equal(np.asarray(grey)[..., 0], np.rint(255 * MAP))
+    with pytest.raises(ValueError, match="spectrum, viridis"):
+        colour_map(MAP, "rainbow")
 
 
 def test_overlay_blends_photo_and_colours() -> None:

@@ -1,6 +1,7 @@
 """RISE: the mean of random masks, each weighted with the confidence that it leaves (arXiv 1806.07421)."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,44 @@ def random_masks(
     return torch.stack([mask[t : t + height, x : x + width] for mask, t, x in zip(large, top, left, strict=True)])
 
 
+@torch.no_grad()
+def rise_steps(
+    model: TTameModel,
+    pixel_values: torch.Tensor,
+    class_ids: torch.Tensor,
+    masks: int,
+    batch_size: int = 32,
+    seed: int = 0,
+    fill: str = "black",
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """RISE in steps of up to 32 masks: after each, the masks so far and the maps (B, H, W) that they make.
+
+    Arguments as of `rise` and of the method that it returns. Whoever wants no more masks, stops.
+    """
+    share = 0.5
+    generator = torch.Generator().manual_seed(seed)
+    size = (pixel_values.shape[-2], pixel_values.shape[-1])
+    colour = model.fill(fill)
+    total = torch.zeros(len(pixel_values), size[0] * size[1], device=pixel_values.device)
+    drawn = 32  # fixed, so that the masks are the same for every batch size
+    for start in range(0, masks, drawn):
+        batch = random_masks(drawn, size, generator, share=share)[: masks - start].to(pixel_values)
+        images = pixel_values.repeat_interleave(len(batch), dim=0)
+        covers = batch.repeat(len(pixel_values), 1, 1)
+        wanted = class_ids.repeat_interleave(len(batch))
+        scores = torch.cat(
+            [
+                class_probability(model.classify(apply_mask(x, mask, colour)), ids, model.config.classifier_outputs)
+                for x, mask, ids in zip(
+                    images.split(batch_size), covers.split(batch_size), wanted.split(batch_size), strict=True
+                )
+            ]
+        )
+        total += scores.reshape(len(pixel_values), -1) @ batch.flatten(1)
+        done = start + len(batch)
+        yield done, (total / (done * share)).reshape(-1, *size)
+
+
 def rise(model: TTameModel, masks: int = 4000, batch_size: int = 32, seed: int = 0, fill: str = "black") -> Explain:
     """RISE with any number of masks; the same masks for every image, drawn anew from the seed in each call.
 
@@ -51,31 +90,9 @@ def rise(model: TTameModel, masks: int = 4000, batch_size: int = 32, seed: int =
     """
     if masks < 1:
         raise ValueError(f"RISE needs at least 1 mask, got {masks}")
-    share = 0.5
 
-    @torch.no_grad()
     def explain(pixel_values: torch.Tensor, class_ids: torch.Tensor) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        size = (pixel_values.shape[-2], pixel_values.shape[-1])
-        colour = model.fill(fill)
-        total = torch.zeros(len(pixel_values), size[0] * size[1], device=pixel_values.device)
-        drawn = 32  # fixed, so that the masks are the same for every batch size
-        for start in range(0, masks, drawn):
-            batch = random_masks(drawn, size, generator, share=share)[: masks - start].to(pixel_values)
-            images = pixel_values.repeat_interleave(len(batch), dim=0)
-            covers = batch.repeat(len(pixel_values), 1, 1)
-            wanted = class_ids.repeat_interleave(len(batch))
-            scores = torch.cat(
-                [
-                    class_probability(
-                        model.classify(apply_mask(x, mask, colour)), ids, model.config.classifier_outputs
-                    )
-                    for x, mask, ids in zip(
-                        images.split(batch_size), covers.split(batch_size), wanted.split(batch_size), strict=True
-                    )
-                ]
-            )
-            total += scores.reshape(len(pixel_values), -1) @ batch.flatten(1)
-        return (total / (masks * share)).reshape(-1, *size)
+        *_, (_, maps) = rise_steps(model, pixel_values, class_ids, masks, batch_size, seed, fill)
+        return maps
 
     return explain

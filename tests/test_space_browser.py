@@ -1,0 +1,248 @@
+"""The Space in a real browser: Chromium, driven by Playwright, on a server of this process."""
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_vit, vit_processor
+from PIL import Image
+
+from hf_ttame import TTameModel
+
+playwright_api = pytest.importorskip("playwright.sync_api")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium (Debian: apt install chromium)")
+PRESSED = '.tt-bar[aria-pressed="true"] .tt-label'
+PHOTOGRAPHS = Path(__file__).parents[1] / "hf_ttame" / "assets" / "photographs"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    from hf_ttame.space.serving import running
+
+    with running() as page:
+        yield page.local_url
+        # Everything that was uploaded lies in the server's own folder, which goes with it.
+        uploads = Path(os.environ["GRADIO_TEMP_DIR"])
+        assert {file.name for file in uploads.rglob("*.*")} >= {"cat.jpg", "text.jpg"}
+    assert not uploads.exists()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator["playwright_api.Browser"]:
+    with playwright_api.sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+Visit = Callable[..., "playwright_api.Page"]
+
+
+@pytest.fixture(scope="module")
+def visit(browser: "playwright_api.Browser", server: str) -> Iterator[Visit]:
+    """Opens the page as a new visitor; whatever the page asks for elsewhere, or any error in it, fails the test."""
+    contexts, foreign, errors = [], [], []
+
+    def watch(request: "playwright_api.Request") -> None:
+        if not request.url.startswith((server, "data:", "blob:")):
+            foreign.append(request.url)
+
+    def new(**settings: object) -> "playwright_api.Page":
+        context = browser.new_context(**{"viewport": {"width": 1280, "height": 860}, **settings})
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(15_000)
+        page.on("request", watch)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(server)
+        page.wait_for_selector("#tt-test .tt-chart")
+        return page
+
+    yield new
+    for context in contexts:
+        context.close()
+    assert foreign == []
+    assert errors == []
+
+
+@pytest.fixture(scope="module")
+def page(visit: Visit) -> "playwright_api.Page":
+    """One visitor who stays: a page takes seconds to load."""
+    return visit()
+
+
+def upload(page: "playwright_api.Page", path: Path) -> None:
+    page.set_input_files("#tt-picture input[type=file]", path)
+
+
+def is_shown(page: "playwright_api.Page", label: str) -> None:
+    playwright_api.expect(page.locator(PRESSED)).to_have_text(label)
+
+
+def loaded(page: "playwright_api.Page", part: str) -> None:
+    """Every picture in a part of the page has arrived."""
+    page.wait_for_function(
+        "part => { const all = [...document.querySelectorAll(part + ' img')];"
+        " return all.length && all.every(image => image.complete && image.naturalWidth > 0); }",
+        arg=part,
+    )
+
+
+def test_a_visit(page: "playwright_api.Page", tmp_path: Path) -> None:
+    is_shown(page, "espresso")
+    loaded(page, "#tt-stage")
+    upload(page, PHOTOGRAPHS / "cat.jpg")
+    is_shown(page, "tiger cat")
+    playwright_api.expect(page.locator("#tt-stage")).to_contain_text("451 x 300")
+
+    # Another class, by mouse and by keyboard: another map, and a measurement of it.
+    before = page.get_attribute("#tt-stage .tt-layer", "src")
+    page.locator(".tt-bar").nth(2).click()
+    is_shown(page, "tabby")
+    assert page.get_attribute("#tt-stage .tt-layer", "src") != before
+    playwright_api.expect(page.locator("#tt-test")).to_contain_text("Confidence in tabby")
+    page.locator(".tt-bar").nth(1).focus()
+    page.keyboard.press("Enter")
+    is_shown(page, "Egyptian cat")
+    assert page.evaluate("document.activeElement.dataset.class") == page.locator(".tt-bar").nth(1).get_attribute(
+        "data-class"
+    )
+    page.locator("#tt-other").get_by_role("textbox").fill("lynx, catamount")
+    page.keyboard.press("Enter")
+    is_shown(page, "lynx")
+
+    # Sliders, by keyboard.
+    kept = page.locator("#tt-test .tt-kept dd")
+    at_50 = kept.inner_text()
+    page.locator("#tt-keep input[type=range]").focus()
+    for _ in range(3):
+        page.keyboard.press("PageUp")
+    playwright_api.expect(page.locator("#tt-test")).to_contain_text("Only the top 80 %")
+    assert kept.inner_text() != at_50
+    page.locator("#tt-strength input[type=range]").focus()
+    page.keyboard.press("Home")
+    page.wait_for_function("getComputedStyle(document.querySelector('#tt-stage .tt-layer')).opacity === '0'")
+    page.get_by_label("viridis").click()
+    page.wait_for_function("document.querySelector('#tt-stage .tt-layer').src.includes('viridis')")
+    assert page.get_by_label("viridis").is_checked()
+
+    # Downloads.
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Map, NumPy").click()
+    found = np.load(download.value.path())
+    assert (found.shape, found.dtype) == ((300, 451), np.float32)
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Overlay, PNG").click()
+    assert re.fullmatch(r"overlay_\d+\.png", download.value.suggested_filename)
+    download.value.save_as(tmp_path / "overlay.png")
+    shown = np.asarray(Image.open(tmp_path / "overlay.png"))
+    photograph = np.asarray(Image.open(PHOTOGRAPHS / "cat.jpg"))
+    inside = (slice(100, 200), slice(150, 300))
+    assert np.array_equal(shown[inside], photograph[inside])  # at strength 0, the picture itself
+    is_shown(page, "lynx")  # and still on the page
+
+
+def test_methods_pair_and_report(page: "playwright_api.Page") -> None:
+    page.locator("[data-example=coffee]").click()
+    is_shown(page, "espresso")
+    methods = page.locator("#tt-methods figure")
+    playwright_api.expect(methods.nth(1)).to_contain_text(re.compile(r"Grad-CAM\s*Kept: "))
+    page.locator("#tt-run").click()
+    playwright_api.expect(page.locator("#tt-methods .progress-level")).to_be_visible()
+    page.locator("#tt-stop").click()
+    playwright_api.expect(methods.nth(2)).to_contain_text(re.compile(r"RISE \d+ masks"), timeout=30_000)
+    playwright_api.expect(page.locator("#tt-notice")).to_contain_text("of 500 masks")
+    loaded(page, "#tt-methods")
+
+    page.get_by_role("tab", name="Two classes").click()
+    loaded(page, "#tt-pair")
+    second = page.locator("#tt-second input")
+    second.click()
+    page.keyboard.press("Control+A")
+    page.keyboard.type("tabby")
+    page.keyboard.press("Enter")
+    playwright_api.expect(page.locator("#tt-pair figure").nth(1)).to_contain_text("tabby")
+    playwright_api.expect(page.locator("#tt-pair figure").nth(2)).to_contain_text("espresso or tabby stronger")
+    loaded(page, "#tt-pair")
+
+    page.get_by_role("tab", name="Report").click()
+    playwright_api.expect(page.locator("#tt-report")).to_contain_text("32.7 / 27.5")
+
+
+def test_bad_files_and_names_get_words(page: "playwright_api.Page", tmp_path: Path) -> None:
+    notice = page.locator("#tt-notice")
+    (tmp_path / "text.jpg").write_text("not a picture")
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
+    Image.new("RGB", (1, 1)).save(tmp_path / "tiny.png")
+    (tmp_path / "cut.jpg").write_bytes((PHOTOGRAPHS / "cat.jpg").read_bytes()[:20_000])
+    (tmp_path / "words.txt").write_text("not a picture")
+    for name, words in {
+        "text.jpg": "not a picture",
+        "bomb.png": "pixels",
+        "tiny.png": "1 x 1",
+        "cut.jpg": "damaged",
+    }.items():
+        upload(page, tmp_path / name)
+        playwright_api.expect(notice).to_contain_text(words)
+    upload(page, tmp_path / "words.txt")
+    playwright_api.expect(page.get_by_text("Only image/* allowed")).to_be_visible()
+    frames = [Image.new("RGB", (90, 70), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    upload(page, tmp_path / "moving.gif")
+    playwright_api.expect(notice).to_contain_text("first frame")
+
+    # Another explainer: one that is none, and one in a folder, with its own classes.
+    torch.manual_seed(0)
+    TTameModel.from_backbone(make_vit(), processor=vit_processor()).save_pretrained(tmp_path / "vit")
+    for name, words in {"abc": "form 'organisation/name'", str(tmp_path): "no explainer"}.items():
+        page.locator("#tt-explainer input").fill(name)
+        page.keyboard.press("Enter")
+        playwright_api.expect(notice).to_contain_text(words)
+    page.locator("#tt-explainer input").fill(str(tmp_path / "vit"))
+    page.keyboard.press("Enter")
+    playwright_api.expect(page.locator(".tt-bars")).to_contain_text("garbage truck")
+    playwright_api.expect(notice).to_be_empty()
+
+
+def test_two_visitors_at_once(page: "playwright_api.Page", visit: Visit) -> None:
+    one, two = page, visit()
+    one.locator("#tt-explainer input").fill("efficientnet-lite0")
+    one.keyboard.press("Enter")
+    playwright_api.expect(one.locator(".tt-bars")).not_to_contain_text("garbage truck")
+    upload(one, PHOTOGRAPHS / "cat.jpg")
+    upload(two, PHOTOGRAPHS / "rocket.jpg")
+    is_shown(one, "tiger cat")
+    is_shown(two, "missile")
+    one.locator(".tt-bar").nth(1).click()
+    two.locator(".tt-bar").nth(2).click()
+    is_shown(one, "Egyptian cat")
+    playwright_api.expect(two.locator(".tt-bar").nth(2)).to_have_attribute("aria-pressed", "true")
+    loaded(one, "#tt-stage")
+    loaded(two, "#tt-stage")
+
+
+def test_on_a_phone_and_in_the_dark(visit: Visit) -> None:
+    page = visit(viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True, color_scheme="dark")
+    for tab in ("Two classes", "Report", "Explain"):
+        page.get_by_role("tab", name=tab).tap()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.locator(".tt-bar").nth(1).tap()
+    is_shown(page, "cup")
+    assert brightness(page, "backgroundColor") + 380 < brightness(page, "color")  # of 765: readable
+
+
+def test_in_the_light(page: "playwright_api.Page") -> None:
+    assert brightness(page, "backgroundColor") > brightness(page, "color") + 380
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1280
+
+
+def brightness(page: "playwright_api.Page", what: str) -> int:
+    """Of a colour of the page: red + green + blue."""
+    colour = page.evaluate(f"getComputedStyle(document.body).{what}")
+    return sum(int(part) for part in re.findall(r"\d+", colour)[:3])
