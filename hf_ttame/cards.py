@@ -89,14 +89,16 @@ def card_fields(folder: str | os.PathLike, repo_id: str | None = None) -> dict[s
     check_folder(folder)  # figures of another head are not this one's
     report, training = read_json(folder / report_name(folder)), read_json(folder / TRAINING)
     try:
-        return _render(folder, config, own, normalised(report, own.get("measured_on")), _flat(training), repo_id)
+        return _fields(folder, config, own, normalised(report, own.get("measured_on")), _flat(training), repo_id)
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(
             f"a record in {str(folder)!r} does not have the form that `ttame compare` or the training writes: {error}"
         ) from error
 
 
-def _render(folder: Path, config: TTameConfig, own: dict[str, Any], report: Any, training: Any, repo_id: Any) -> str:
+def _fields(
+    folder: Path, config: TTameConfig, own: dict[str, Any], report: Any, training: Any, repo_id: str | None
+) -> dict[str, str]:
     repo_id = repo_id or own.get("repo_id")
     if repo_id is not None:
         validate_repo_id(repo_id)
