@@ -30,6 +30,7 @@ from hf_ttame.layer_choice import default_layers
 from hf_ttame.metrics import judge_by, masked_confidence, paired_interval
 from hf_ttame.metrics.confidence import drops, increases
 from hf_ttame.pictures import decode, image_column, open_stream
+from hf_ttame.records import head_fingerprint
 
 
 class Logits(nn.Module):
@@ -135,6 +136,7 @@ def main() -> None:
             values[method][f"IC {name}"] = increases(p, masked)
     report: dict[str, Any] = {
         "images": len(p),
+        "head_fingerprint": head_fingerprint(model.head.state_dict()),
         "dataset": f"{Path(arguments.dataset).name} {arguments.split} {arguments.where_label or ''}".strip(),
         "map_scaling": model.config.map_scaling,
         "methods": {

@@ -79,7 +79,8 @@ def main() -> None:
 
     import numpy as np
     import torch
-    from conftest import make_timm, make_vit, vit_processor
+    from conftest import make_vit, vit_processor
+    from hub_contents import fill
     from hub_server import running_hub
     from timm.models._hub import save_for_hf
     from transformers import Dinov2Config, Dinov2ForImageClassification
@@ -148,19 +149,7 @@ def main() -> None:
 
         make_vit().save_pretrained(work / "tiny-vit")
         vit_processor().save_pretrained(work / "tiny-vit")
-        hub.put("org/tiny-vit", work / "tiny-vit")
-        save_for_hf(make_timm("test_resnet"), str(work / "tiny-resnet"), safe_serialization=True)
-        hub.put("timm/tiny-resnet", work / "tiny-resnet")
-        TTameModel.from_backbone(work / "tiny-vit").save_pretrained(work / "ready")
-        hub.put("org/ready", work / "ready")
-        for kind, content in (("maps", {}), ("space", {"README.md": "---\nsdk: static\n---\n", "index.html": "x"})):
-            (work / kind).mkdir()
-            for file, text in content.items():
-                (work / kind / file).write_text(text)
-        import pyarrow
-        import pyarrow.parquet
-
-        pyarrow.parquet.write_table(pyarrow.table({"id": [1]}), work / "maps" / "maps.parquet")
+        fill(hub, work, work / "tiny-vit")
         for task in ("push", "faults"):
             environment = hub.environment(work / f"home-{task}", HF_HUB_DOWNLOAD_TIMEOUT="1", PYTHONPATH=str(ROOT))
             subprocess.run(

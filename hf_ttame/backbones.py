@@ -1,6 +1,8 @@
 """Finding a classifier: a Hub id, a folder, a transformers module or a timm module, always with its processor."""
 
 import json
+import pickle
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 from .image_processing import measure_normalisation, processor_from_timm
-from .saving import DamagedDownload, check_download, patiently, resolve_commit
+from .saving import DamagedDownload, check_download, checked_token, is_pickled, patiently, resolve_commit
 
 # Image classifiers of transformers that cannot be explained by a map, by model type.
 _WITHOUT_MAPS = {
@@ -44,6 +46,7 @@ def load_backbone(
     subfolder: str = "",
     attn_implementation: str | None = None,
     only_hub: bool = False,
+    only_safetensors: bool = False,
     **hub_kwargs: Any,
 ) -> Backbone:
     """Load a classifier with its weights.
@@ -56,7 +59,8 @@ def load_backbone(
         dtype: of the weights.
         subfolder: where in the folder or repository the classifier lies.
         attn_implementation: "eager", "sdpa", ... of a transformers classifier; None: its default.
-        only_hub: `name` comes from somebody's config: a Hub id, never a folder, and its weights are safetensors.
+        only_hub: `name` comes from somebody's config: a Hub id, never a folder.
+        only_safetensors: refuse pickles, which otherwise are read as tensors and plain values only.
         **hub_kwargs: token, cache_dir, local_files_only.
 
     Raises:
@@ -64,6 +68,8 @@ def load_backbone(
     """
     if not pretrained:
         return _random_timm(name, processor)
+    if "token" in hub_kwargs:
+        hub_kwargs["token"] = checked_token(hub_kwargs["token"])
     folder = Path(name, subfolder)
     local = Path(name).is_dir()
     if only_hub and Path(name).exists():
@@ -79,10 +85,12 @@ def load_backbone(
             "for a timm architecture without weights pass pretrained=False (`ttame layers`: --no-pretrained)"
         )
     where = {"revision": revision, "subfolder": subfolder, "trust_remote_code": False, **hub_kwargs}
-    safetensors = {"use_safetensors": True} if only_hub else {}
+    safetensors = {"use_safetensors": True} if only_safetensors else {}
     attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
         config = AutoConfig.from_pretrained(name, **where)
+        if only_safetensors:
+            config.transformers_weights = None  # a config could name a pickle as the file to load
         check_spatial(config)
         if getattr(config, "model_args", None):
             config.model_args.pop("num_classes", None)  # repeated by some timm repositories
@@ -93,6 +101,11 @@ def load_backbone(
         )
         if not local:
             check_download(name, revision, hub_kwargs.get("cache_dir"))
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"the weights of {name!r} are a pickle that holds more than tensors and plain values, and are not opened: "
+            "that could run foreign code; ask its owner for model.safetensors"
+        ) from error
     except (OSError, RuntimeError, SafetensorError) as error:
         if not local:
             check_download(name, revision, hub_kwargs.get("cache_dir"))
@@ -115,6 +128,13 @@ def load_backbone(
         else:
             processor = _load_processor(name, where)
     if local:
+        return Backbone(model, processor)
+    if is_pickled(name, revision, hub_kwargs.get("cache_dir")):
+        warnings.warn(
+            f"the weights of {name!r} are a pickle (read as tensors only, nothing in it was run); an explainer of it "
+            "is saved with its own copy as safetensors, so that nobody else has to open one",
+            stacklevel=3,
+        )
         return Backbone(model, processor)
     return Backbone(model, processor, name, resolve_commit(name, revision, **hub_kwargs) or revision)
 
@@ -292,8 +312,12 @@ def _rebuilds(module: Any, config: Any, processor: Any) -> bool:
     reference = next(module.parameters())
     if reference.is_meta:
         return True  # nothing to compare but shapes
-    rebuilt: Any = TimmWrapperForImageClassification(config)
-    rebuilt.timm_model.load_state_dict(module.state_dict())
+    with torch.device("meta"):  # no weights are drawn at random only to be replaced
+        rebuilt: Any = TimmWrapperForImageClassification(config)
+        rebuilt.timm_model.load_state_dict(module.state_dict(), assign=True)
+    if any(tensor.is_meta for tensor in (*rebuilt.parameters(), *rebuilt.buffers())):  # a buffer that is not saved
+        rebuilt = TimmWrapperForImageClassification(config)
+        rebuilt.timm_model.load_state_dict(module.state_dict())
     rebuilt.to(reference).eval()
     channels = input_channels(rebuilt)
     height, width = config.pretrained_cfg["input_size"][1:]

@@ -5,9 +5,7 @@ know (licences, origin). A fact that is not there is "not measured" or "not reco
 text from those files is escaped: it may come from anybody.
 """
 
-import html
 import json
-import math
 import os
 import re
 import string
@@ -17,18 +15,18 @@ from typing import Any
 
 import torch
 import yaml
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import ModelCardData
 from huggingface_hub.utils import validate_repo_id
 
+from .card_figures import figures, normalised, results
+from .card_text import NOT_MEASURED, NOT_RECORDED, code, escape, number, plain, without_secrets
 from .configuration_ttame import TTameConfig
 from .head import TTameHead
-from .saving import is_local_path, write_whole
+from .records import CARD, TRAINING, check_folder, read_json, report_name
+from .saving import is_hub_id, write_whole
 
 GENERATED = "Written by `ttame card`. Change card.json or report.json and run it again, or remove this line."
-NOT_MEASURED = "not measured"
-NOT_RECORDED = "not recorded"
 TAGS = ("explainability", "explainable-ai", "xai", "saliency", "attribution", "t-tame", "image-classification")
-_MASKS = ("soft 100", "soft 50", "soft 15", "binary 50", "binary 15")
 _CODE = """```python
 import hf_ttame  # pip install hf-ttame
 from transformers import AutoModel
@@ -51,16 +49,9 @@ print(best["label"], best["explanation"].map.shape)
 ```"""
 
 
-def escape(value: Any) -> str:
-    """Text for Markdown, on one line, without any power: no HTML, links, tables, headings or code."""
-    text = html.escape(" ".join(str(value).split()), quote=False)
-    return re.sub(r"([\\`*_{}\[\]#|~$!])", r"\\\1", text).replace("://", ":\u200b//")
-
-
-def code(value: Any) -> str:
-    """A code span, on one line, that ends where it should, in a table too."""
-    text = "".join(c for c in " ".join(str(value).split()) if c.isprintable())
-    return "`" + text.replace("`", "'").replace("|", "/") + "`"
+def is_ours(card: Path) -> bool:
+    """Whether a card may be written there: none is there, or an earlier one of ours. One that somebody wrote stays."""
+    return not card.exists() or GENERATED in card.read_text(encoding="utf-8", errors="replace")
 
 
 def write_card(folder: str | os.PathLike, repo_id: str | None = None, output: Path | None = None) -> Path:
@@ -82,23 +73,32 @@ def card_fields(folder: str | os.PathLike, repo_id: str | None = None) -> dict[s
 
     Args:
         folder: holds `config.json`; and, each optional, `report.json` (of `ttame compare` or of
-            `benchmarks/confidence.py`, see `_normalised`), `training.json` (as `training/train.py` writes it), and
-            `card.json` (see `_CARD_FIELDS`).
+            `benchmarks/confidence.py`, see `card_figures.normalised`), `training.json` (as `training/train.py` writes
+            it), and `card.json` (see `_CARD_FIELDS`).
         repo_id: where it is published; None: as `card.json` says, else the code loads a folder.
 
     Raises:
         ValueError: the folder holds no explainer, or a file is damaged.
     """
     folder = Path(folder)
-    facts = _read(folder / "config.json")
-    if facts is None or facts.get("model_type") != "ttame":
+    facts = read_json(folder / "config.json")
+    if not isinstance(facts, dict) or facts.get("model_type") != "ttame":
         raise ValueError(f"{str(folder)!r} holds no explainer: config.json of model_type 'ttame' is needed")
     config = TTameConfig.from_dict(facts)
     own = _card_facts(folder)
-    report = _normalised(_read(folder / own.get("report", "report.json")))
-    training = _read(folder / "training.json")
-    if training:  # a run's record holds its arguments one level down
-        training = {**(training.get("arguments") or {}), **training}
+    check_folder(folder)  # figures of another head are not this one's
+    report, training = read_json(folder / report_name(folder)), read_json(folder / TRAINING)
+    try:
+        return _fields(folder, config, own, normalised(report, own.get("measured_on")), _flat(training), repo_id)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"a record in {str(folder)!r} does not have the form that `ttame compare` or the training writes: {error}"
+        ) from error
+
+
+def _fields(
+    folder: Path, config: TTameConfig, own: dict[str, Any], report: Any, training: Any, repo_id: str | None
+) -> dict[str, str]:
     repo_id = repo_id or own.get("repo_id")
     if repo_id is not None:
         validate_repo_id(repo_id)
@@ -110,12 +110,17 @@ def card_fields(folder: str | os.PathLike, repo_id: str | None = None) -> dict[s
         "summary": _summary(config, own, name),
         "facts": "\n".join(f"| {key} | {value} |" for key, value in _facts(folder, config).items()),
         "usage": _usage(config, own, repo_id),
-        "figures": _figures(own, report),
+        "figures": figures(own, report),
         "pictures": _pictures(own),
         "training": _training(own, training),
         "limits": "\n".join(f"- {limit}" for limit in _limits(config, own, report)),
         "licences": _licences(config, own),
     }
+
+
+def _flat(training: Any) -> Any:
+    """A run's record with its arguments, which stand one level down, beside the rest."""
+    return {**(training.get("arguments") or {}), **training} if training else training
 
 
 # What card.json may hold; every field is optional.
@@ -129,6 +134,7 @@ _CARD_FIELDS: dict[str, type | tuple[type, ...]] = {
     "base_model": str,  # Hub id of the classifier, where the config has none
     "datasets": list,  # Hub ids of the training data
     "report": str,  # file name, report.json if not given
+    "measured_on": str,  # the photographs of the report in words; a folder's name is never shown
     "measured_with": str,  # the command
     "pictures": list,  # [{"path": ..., "caption": ...}]
     "training_data": str,
@@ -143,12 +149,12 @@ _CARD_FIELDS: dict[str, type | tuple[type, ...]] = {
 
 
 def _card_facts(folder: Path) -> dict[str, Any]:
-    own = _read(folder / "card.json") or {}
+    own = read_json(folder / CARD) or {}
+    if not isinstance(own, dict):
+        raise ValueError(f"card.json must hold an object, got {type(own).__name__}")
     for key, value in own.items():
         if key not in _CARD_FIELDS or not isinstance(value, _CARD_FIELDS[key]):
             raise ValueError(f"card.json may hold {sorted(_CARD_FIELDS)}, got {key!r} of type {type(value).__name__}")
-    if Path(own.get("report", "")).name != own.get("report", ""):
-        raise ValueError(f"the report of card.json must lie beside it, got {own['report']!r}")
     return own
 
 
@@ -158,15 +164,6 @@ def _template() -> str:
     return next(place for place in places if place.exists()).read_text(encoding="utf-8")
 
 
-def _read(file: Path) -> Any:
-    if not file.exists():
-        return None
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file.name!r} in {str(file.parent)!r} cannot be read as JSON: {error}") from error
-
-
 def _architecture(config: TTameConfig) -> str:
     facts = config.backbone_config
     return facts.get("architecture") or next(iter(facts.get("architectures") or []), None) or "an image classifier"
@@ -174,78 +171,29 @@ def _architecture(config: TTameConfig) -> str:
 
 def _metadata(config: TTameConfig, own: Mapping[str, Any], report: Any, name: str) -> str:
     base = own.get("base_model") or config.backbone
+    for hub_id in (base, *own.get("datasets", [])):
+        if hub_id is not None:
+            validate_repo_id(hub_id)
+    licence: dict[str, Any] = {
+        "license": "other" if _own_licence(config) else own.get("license"),
+        "license_name": _own_licence(config) or own.get("license_name"),
+        "license_link": own.get("license_link"),
+    }
     data = ModelCardData(
         library_name="hf_ttame",
         pipeline_tag="image-classification",
         base_model=base,
         datasets=own.get("datasets") or None,
         tags=list(TAGS),
-        license="other" if _own_licence(config) else own.get("license"),
-        license_name=_own_licence(config) or own.get("license_name"),
-        license_link=own.get("license_link"),
-        model_name=f"T-TAME explainer of {name}" if report else None,
-        eval_results=_results(report) if report else None,
+        model_name=f"T-TAME explainer of {plain(name)}" if report else None,
+        eval_results=results(report) if report else None,
     )
+    for key, value in licence.items():
+        if value is not None:
+            data[key] = plain(value)
     if base:
         data["base_model_relation"] = "adapter"
     return yaml.safe_dump(data.to_dict(), sort_keys=False, allow_unicode=True).strip()
-
-
-def _results(report: Mapping[str, Any]) -> list[EvalResult] | None:
-    method = _own_method(report)
-    if method is None:
-        return None
-    return [
-        EvalResult(
-            task_type="image-classification",
-            task_name="explanation of the predicted class",
-            dataset_type=re.sub(r"[^a-z0-9]+", "-", str(report["dataset"]).lower()).strip("-"),
-            dataset_name=str(report["dataset"]),
-            metric_type=re.sub(r"[^a-z0-9]+", "_", measure.lower()),
-            metric_name=measure,
-            metric_value=value,
-        )
-        for measure, value in report["methods"][method].items()
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    ]
-
-
-def _normalised(report: Any) -> dict[str, Any] | None:
-    """The two forms of report as one.
-
-    `methods` is {method: {measure: value}}, or {method: {"measures": {measure: {"mean", "low", "high"}}, and the
-    cost}}; `difference_to_ttame_95` is {method: {measure: [low, high]}}, `differences` {method: {measure: {"low",
-    "high"}}}.
-    """
-    if not isinstance(report, dict) or not isinstance(report.get("methods"), dict):
-        return None
-    methods: dict[str, dict[str, Any]] = {}
-    intervals: dict[str, dict[str, Any]] = {}
-    for name, entry in report["methods"].items():
-        measures = entry.get("measures", entry) or {}
-        methods[name] = {m: v.get("mean") if isinstance(v, dict) else v for m, v in measures.items()}
-        intervals[name] = {m: v for m, v in measures.items() if isinstance(v, dict) and "low" in v and "high" in v}
-    differences = dict(report.get("difference_to_ttame_95") or {})
-    for name, table in (report.get("differences") or {}).items():
-        differences[name] = {m: [v["low"], v["high"]] for m, v in table.items() if isinstance(v, dict) and "low" in v}
-    data = report.get("dataset") or report.get("data") or NOT_RECORDED
-    return {
-        "images": report.get("images"),
-        "dataset": "a local folder" if is_local_path(data) else data,
-        "map_scaling": report.get("map_scaling"),
-        "methods": methods,
-        "intervals": intervals,
-        "differences": differences,
-        "cost": {name: entry for name, entry in report["methods"].items() if "ms_per_map" in entry},
-        "environment": report.get("environment") or {},
-        "sanity": report.get("sanity") or {},
-    }
-
-
-def _own_method(report: Mapping[str, Any]) -> str | None:
-    """The method of the report that is this explainer's map."""
-    methods = report["methods"]
-    return next((name for name in (f"ttame {report.get('map_scaling')}", "ttame") if name in methods), None)
 
 
 def _summary(config: TTameConfig, own: Mapping[str, Any], name: str) -> str:
@@ -299,90 +247,10 @@ def _usage(config: TTameConfig, own: Mapping[str, Any], repo_id: str | None) -> 
         load = f"model = AutoModel.from_pretrained({name})"
         return _CODE.format(load=load) + "\n\n" + _PIPELINE.format(name=name)
     lines = own.get("classifier_python") or ['backbone = "path/to/the/classifier"']
-    lines = [" ".join(str(line).replace("`", "").splitlines()) for line in lines]  # stays inside its block
+    # They stay inside their block.
+    lines = [without_secrets(" ".join(str(line).replace("`", "").splitlines())) for line in lines]
     load = "\n".join([*lines, f"model = AutoModel.from_pretrained({name}, backbone=backbone)"])
     return _CODE.format(load=load)
-
-
-def _number(value: Any, digits: int = 1) -> str:
-    known = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return f"{value:.{digits}f}" if known else NOT_MEASURED
-
-
-def _figures(own: Mapping[str, Any], report: Any) -> str:
-    if not report or not report["methods"]:
-        names = "average drop and increase in confidence, ROAD, insertion and deletion, pointing game, latency"
-        return f"{names[0].upper()}{names[1:]}: **{NOT_MEASURED}**."
-    lines = [
-        f"{_count(report['images'])} photographs of {escape(report['dataset'])}, the predicted "
-        "class. Average drop / increase in confidence in percent (lower / higher is better) when only the top 100, 50 "
-        "or 15 % of a map's pixels are kept. Soft masks keep the map's values and favour bright maps: the mean mask "
-        "stands beside them, and binary masks have equal area.",
-        "",
-        "| map | mean mask | " + " | ".join(_MASKS) + " |",
-        "|---|" + "---|" * (len(_MASKS) + 1),
-    ]
-    mine = _own_method(report)
-    for method, values in report["methods"].items():
-        cells = [
-            f"{_number(values.get(f'AD {mask}'))} / {_number(values.get(f'IC {mask}'))}"
-            if f"AD {mask}" in values or f"IC {mask}" in values
-            else NOT_MEASURED
-            for mask in _MASKS
-        ]
-        shown = f"**{escape(method)} (this explainer)**" if method == mine else escape(method)
-        lines.append(f"| {shown} | {_number(values.get('mean mask'), 2)} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "Paired 95 % intervals of this explainer's value minus the other's, bootstrap over the photographs:",
-        "",
-    ]
-    differences = report["differences"]
-    shared = {"mean mask", *(f"{kind} {mask}" for kind in ("AD", "IC") for mask in _MASKS)}
-    for method, values in differences.items():
-        known = [(name, pair) for name, pair in values.items() if name in shared and len(pair) == 2]
-        digits = {"mean mask": 2}
-        text = "; ".join(
-            f"{escape(name)} {_number(low, digits.get(name, 1))} to {_number(high, digits.get(name, 1))}"
-            for name, (low, high) in known
-        )
-        lines.append(f"- {escape(method)}: {text}")
-    if not differences:
-        lines.append(f"- {NOT_MEASURED}")
-    if mine and report["intervals"].get(mine):
-        lines += ["", "Every measure of this explainer, with its 95 % interval:", ""]
-        for name, entry in report["intervals"][mine].items():
-            values = [_number(entry.get(key), 3) for key in ("mean", "low", "high")]
-            lines.append(f"- {escape(name)}: {values[0]} ({values[1]} to {values[2]})")
-    if report["cost"]:
-        device = report["environment"].get("device", NOT_RECORDED)
-        lines += [
-            "",
-            f"Cost of a map on {escape(device)}:",
-            "",
-            "| map | forward | backward | ms |",
-            "|---|---|---|---|",
-        ]
-        for method, entry in report["cost"].items():
-            values = [_number(entry.get(key)) for key in ("forward_passes", "backward_passes", "ms_per_map")]
-            lines.append(f"| {escape(method)} | " + " | ".join(values) + " |")
-    if report["sanity"]:
-        lines += ["", "Sanity checks:", ""]
-        for name, check in report["sanity"].items():
-            passed = "passed" if check.get("passed") is True else "**not passed**"
-            must, value = escape(check.get("must", NOT_RECORDED)), escape(check.get("value", NOT_MEASURED))
-            lines.append(f"- {escape(name)}: {value}, must be {must}: {passed}")
-    if "measured_with" in own:
-        lines += ["", "Measured with:", "", *_indented(own["measured_with"])]
-    return "\n".join(lines)
-
-
-def _indented(text: str) -> list[str]:
-    return [f"    {line}" for line in text.splitlines()]
-
-
-def _count(value: Any) -> str:
-    return f"{value:,d}" if isinstance(value, int) else f"A number ({NOT_RECORDED}) of"
 
 
 def _pictures(own: Mapping[str, Any]) -> str:
@@ -424,7 +292,7 @@ def _training(own: Mapping[str, Any], training: Any) -> str:
 
 def _cost(training: Any) -> str:
     seconds, machine = (training or {}).get("seconds"), (training or {}).get("machine")
-    if not isinstance(seconds, (int, float)):
+    if not isinstance(seconds, (int, float)) or number(seconds) == NOT_MEASURED:
         return NOT_MEASURED
     where = (
         ", ".join(f"{key} {value}" for key, value in machine.items()) if isinstance(machine, dict) else NOT_RECORDED
@@ -436,18 +304,7 @@ def _dataset(training: Any) -> str:
     name = (training or {}).get("dataset")
     if not name:
         return NOT_RECORDED
-    return name if _is_hub_id(name) else "a local folder"
-
-
-def _is_hub_id(name: Any) -> bool:
-    """Whether a data set's name can be shown: "organisation/name", and no place on this machine."""
-    parts = name.split("/") if isinstance(name, str) else []
-    return (
-        len(parts) == 2
-        and all(re.fullmatch(r"[\w.-]*\w[\w.-]*", part) for part in parts)
-        and not is_local_path(name)
-        and not Path(name).exists()
-    )
+    return name if is_hub_id(name) else "a local folder"
 
 
 def _limits(config: TTameConfig, own: Mapping[str, Any], report: Any) -> list[str]:

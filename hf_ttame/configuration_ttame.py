@@ -9,6 +9,7 @@ from .answers import OUTPUTS
 
 # 2 added classifier_outputs and layers that are entries of the library's own list; 1 loads as it is.
 FORMAT_VERSION = 2
+_MAX_SIDE, _MAX_CLASSES = 8192, 1_000_000  # a config may come from anybody: it must not fill the memory
 LAYOUTS = ("NCHW", "NHWC", "tokens")
 
 
@@ -21,6 +22,7 @@ class TTameConfig(PretrainedConfig):
         backbone_included: the backbone is saved beside the head, in the folder `backbone/`.
         backbone_fingerprint: short hash of the backbone's weights, checked on loading.
         backbone_config: the backbone's own config.
+        head_fingerprint: short hash of the head's weights, by which a report names the head that it measured.
         feature_layers: per tapped layer, fine to coarse: `name` (see `FeatureLayer`), `channels`, `grid` [h, w] at
             `image_size`, `layout` (NCHW, NHWC or tokens), `prefix_tokens`, `clone` (a later module overwrites the
             tapped tensor).
@@ -49,6 +51,7 @@ class TTameConfig(PretrainedConfig):
         backbone_included: bool = False,
         backbone_fingerprint: str | None = None,
         backbone_config: dict[str, Any] | None = None,
+        head_fingerprint: str | None = None,
         feature_layers: Sequence[dict[str, Any]] = (),
         image_size: Sequence[int] = (224, 224),
         pixel_scale: Sequence[float] = (1.0, 1.0, 1.0),
@@ -71,6 +74,7 @@ class TTameConfig(PretrainedConfig):
         self.backbone_included = backbone_included
         self.backbone_fingerprint = backbone_fingerprint
         self.backbone_config = backbone_config or {}
+        self.head_fingerprint = head_fingerprint
         self.feature_layers = [dict(layer) for layer in feature_layers]
         self.image_size = list(image_size)
         self.pixel_scale = list(pixel_scale)
@@ -87,6 +91,14 @@ class TTameConfig(PretrainedConfig):
         self.map_scaling = map_scaling
         self.format_version = format_version
         self.check()
+        if kwargs.get("transformers_weights"):
+            raise ValueError(
+                "config.json names a file of weights (transformers_weights), which could be a pickle; an explainer's "
+                "weights are model.safetensors: remove the entry"
+            )
+        classes = kwargs.get("num_labels")
+        if classes is not None and not (isinstance(classes, int) and 1 <= classes <= _MAX_CLASSES):
+            raise ValueError(f"num_labels must lie in 1..{_MAX_CLASSES}, got {classes!r}")
         super().__init__(**kwargs)
 
     @classmethod
@@ -127,8 +139,8 @@ class TTameConfig(PretrainedConfig):
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         for name in ("image_size", "map_size"):
             size = getattr(self, name)
-            if len(size) != 2 or min(size) < 1:
-                raise ValueError(f"{name} must be [height, width] with both at least 1, got {size}")
+            if len(size) != 2 or not 1 <= min(size) <= max(size) <= _MAX_SIDE:
+                raise ValueError(f"{name} must be [height, width] with both in 1..{_MAX_SIDE}, got {size}")
         if len(self.pixel_scale) != len(self.pixel_shift) or 0 in self.pixel_scale:
             raise ValueError(
                 "pixel_scale and pixel_shift must have one entry per channel and no scale may be 0, "

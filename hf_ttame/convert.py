@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
-from .backbones import wrap_backbone
 from .cards import write_card
 from .modeling_ttame import TTameModel
 
@@ -114,27 +113,30 @@ def convert_reference_checkpoint(
             side = 7 if key.endswith("fc1.weight") else 1
             weights[key] = weights[key].unflatten(1, (-1, side, side))
     classes = head["fuser.weight"].shape[0]
-    with torch.device("meta"):  # the weights come from the file: none are drawn at random first
-        module = timm.create_model(
-            architecture.timm_name,
-            num_classes=classes,
-            pretrained_cfg_overlay={
+    config = TimmWrapperConfig.from_dict(
+        {
+            "architecture": architecture.timm_name,
+            "num_classes": classes,
+            "pretrained_cfg": {
+                "architecture": architecture.timm_name,
+                "num_classes": classes,
+                "input_size": (3, 224, 224),
                 "mean": IMAGENET_DEFAULT_MEAN,
                 "std": IMAGENET_DEFAULT_STD,
                 "interpolation": "bilinear",
                 "crop_pct": 224 / 256,
                 "crop_mode": "center",
-                "input_size": (3, 224, 224),
             },
-        )
+        }
+    )
+    with torch.device("meta"):  # the weights come from the file: none are drawn at random first
+        backbone: Any = TimmWrapperForImageClassification(config)
     try:
-        module.load_state_dict({key: tensor.float().clone() for key, tensor in weights.items()}, assign=True)
+        backbone.timm_model.load_state_dict({key: tensor.float() for key, tensor in weights.items()}, assign=True)
     except RuntimeError as error:
         raise ValueError(f"the backbone in {str(path)!r} is not torchvision's {name}: {error}") from error
-    backbone = wrap_backbone(module.eval())
     model = TTameModel.from_backbone(
-        backbone.model,
-        processor=backbone.processor,
+        backbone,
         feature_layers=layers,
         head_init="random",
         batch_norm="bns.0.weight" in head,

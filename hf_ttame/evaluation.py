@@ -42,6 +42,7 @@ from .metrics.insertion_deletion import STARTS, empty_image
 from .metrics.localization import MOSAIC_CONFIDENCE, TILES, box_region, fit, half_size, mosaic
 from .modeling_ttame import TTameModel
 from .pictures import decode, image_column, open_stream, parse_where, rows
+from .records import head_fingerprint
 from .reporting import environment, write_report
 from .saving import fingerprint, lock_settings
 
@@ -532,12 +533,16 @@ def compare(
         accelerator.wait_for_everyone()
     if not main:
         return {}
+    # The report may be published: it names what is on the Hub, and no folder of this machine.
+    name, data = model.name_or_path, plan.dataset
+    data = "a local folder" if os.path.exists(data) else data
     facts = {
-        "model": Path(model.name_or_path).name or type(model.backbone).__name__,
-        "data": " ".join(text for text in (record["dataset"], plan.split, plan.where) if text),
+        "model": name if name and not os.path.exists(name) else model.config.backbone or type(model.backbone).__name__,
+        "head_fingerprint": head_fingerprint(model.head.state_dict()),
+        "data": " ".join(text for text in (data, plan.split, plan.where) if text),
         "images": len(targets),
         "mosaics": len(groups_of_four),
-        "settings": record,
+        "settings": {**record, "dataset": data},
         "limits": {"slow": plan.slow_limit, "curves": plan.curve_limit, "slow mosaics": plan.slow_mosaics},
         "environment": environment(model.device, plan.batch_size),
     }

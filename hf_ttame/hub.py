@@ -4,7 +4,6 @@ Explainers, datasets of maps and Space folders go the same way: the folder is co
 listed, then one commit is made. A failed push leaves the folder and the repository as they were.
 """
 
-import json
 import os
 import re
 import shlex
@@ -17,8 +16,20 @@ from typing import Any
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, RepoCard
 from huggingface_hub.utils import HfHubHTTPError, RepositoryNotFoundError, validate_repo_id
 
-from .cards import GENERATED, write_card
-from .saving import HUB_ERRORS, REMOTE_MODULE, is_local_path, patiently
+from .cards import is_ours, write_card
+from .records import REPORT, TRAINING, check_folder, read_json
+from .saving import (
+    HUB_ERRORS,
+    LABELS,
+    PATH_IN_TEXT,
+    REMOTE_MODULE,
+    TOKEN,
+    checked_token,
+    is_hub_id,
+    is_local_path,
+    patiently,
+    without_tokens,
+)
 
 PICTURES = (
     *(".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif"),
@@ -36,12 +47,6 @@ _SPACE_FILES = re.compile(r"(.+/)?([^/]+\.(py|md|txt|ya?ml|css|html|m?js|json|to
 _NOBODYS_HOME = "/home/web_user"  # the invented home of WebAssembly programs: it stands in their loaders
 _BINARY = (".safetensors", ".parquet", ".onnx", ".wasm", *PICTURES)
 _HIDDEN = ("__pycache__", "node_modules")
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}|\b(?:hf_oauth|hf_jwt|api_org)_[\w.-]{16,}")
-_PATH_IN_TEXT = re.compile(
-    r"(?<![\w:/.~<-])(?:/(?:home|Users|root|mnt|media|Volumes|nfs|tmp|var|opt|srv|data|scratch|private|work|"
-    r"workspace)/[\w.-]+"
-    r"|[A-Za-z]:\\\\?[\w.-]+\\|file:///?[\w.-]+)"
-)
 _PICTURE_NAME = re.compile(rf"[\w%-][\w%.+-]*(?:{'|'.join(map(re.escape, PICTURES))})(?!\w)", re.IGNORECASE)
 # What our own cards and reports call their files: no user's names.
 _OWN_PICTURES: tuple[str, ...] = (
@@ -52,7 +57,6 @@ _OWN_PICTURES: tuple[str, ...] = (
     "latency.png",
     "contact_sheet.jpg",
 )
-_LABELS = ("id2label", "label2id", "label_names")  # names of classes, not of files
 _EXAMPLE_COLUMNS: tuple[str, ...] = (
     "image",
     "img",
@@ -70,6 +74,7 @@ _EXAMPLE_COLUMNS: tuple[str, ...] = (
     "path",
     "url",
 )
+_SOURCES = ("data", "dataset", "validation", "backbone", "model")  # of a report or a training: Hub ids, or folders
 _MAP_COLUMNS = ("map", "maps", "seen")  # ours: pictures of maps, without the photograph
 # How pictures begin: PNG, JPEG, GIF, BMP, TIFF, WebP, HEIF and AVIF, DICOM, NumPy.
 _MAGIC = re.compile(
@@ -105,9 +110,10 @@ def push_model(
         ValueError, ConnectionError: as `push_folder`.
     """
     _check_repo_id(repo_id)
+    token = checked_token(token)
     folder = Path(tempfile.mkdtemp(prefix="ttame-push-"), repo_id.rpartition("/")[2])
     try:
-        model.save_pretrained(folder, include_backbone=include_backbone, head_dtype=head_dtype)
+        model.save_pretrained(folder, include_backbone=include_backbone, head_dtype=head_dtype, token=token)
         write_card(folder, repo_id)
     except BaseException:
         shutil.rmtree(folder.parent)
@@ -167,7 +173,9 @@ def push_folder(
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
     if kind == "model":
-        _refresh_card(folder, repo_id)
+        check_folder(folder)
+        if is_ours(folder / "README.md"):
+            write_card(folder, repo_id)
     sent, left_out = files_to_push(folder, kind, include_examples)
     check_contents(folder, sent, include_examples)
 
@@ -179,7 +187,7 @@ def push_folder(
         say(
             f"  {len(left_out)} other files stay here" + (" (pictures: --include-examples)" if kind == "model" else "")
         )
-    api = HfApi(token=token)
+    api = HfApi(token=checked_token(token))
     try:
         sdk = RepoCard.load(folder / "README.md").data.to_dict().get("sdk") if kind == "space" else None
         repo_id = patiently(lambda: _create(api, repo_id, kind, private, sdk))
@@ -210,7 +218,7 @@ def push_folder(
         cause = str(error.__cause__ or "")
         reason = str(error) if cause in str(error) else f"{error} {cause}"
         raise ConnectionError(
-            f"{repo_id!r} was not pushed: {_without_tokens(reason)}\nThe folder is complete; repeat with: "
+            f"{repo_id!r} was not pushed: {without_tokens(reason)}\nThe folder is complete; repeat with: "
             + _command(folder, repo_id, kind, include_examples, private, revision, create_pr)
         ) from None  # the chain could carry request headers
 
@@ -250,7 +258,7 @@ def detect_kind(folder: Path) -> str:
         ValueError: the folder is none of them.
     """
     config = folder / "config.json"
-    if config.is_file() and _read_json(config).get("model_type") == "ttame":
+    if config.is_file() and read_json(config).get("model_type") == "ttame":
         return "model"
     readme = folder / "README.md"
     if readme.is_file() and RepoCard.load(readme, ignore_metadata_errors=True).data.to_dict().get("sdk"):
@@ -284,6 +292,9 @@ def files_to_push(folder: Path, kind: str, include_examples: bool = False) -> tu
         chosen = not hidden and (include_examples if picture else wanted)
         (sent if chosen else left_out).append(file)
     names = {file.relative_to(folder).as_posix() for file in sent}
+    if kind == "model" and REPORT not in names and "report.md" in names:  # nothing says which head it is about
+        sent.remove(folder / "report.md")
+        left_out.append(folder / "report.md")
     needed = {"model": ["config.json", "preprocessor_config.json", "README.md"], "space": ["README.md", "app.py"]}
     missing = [name for name in needed.get(kind, []) if name not in names]
     if kind == "space" and "app.py" in missing and "index.html" in names:
@@ -299,9 +310,9 @@ def files_to_push(folder: Path, kind: str, include_examples: bool = False) -> tu
 
 def _missing_weights(folder: Path, names: set[str]) -> list[str]:
     missing = []
-    for prefix in ("", "backbone/") if _read_json(folder / "config.json").get("backbone_included") else ("",):
+    for prefix in ("", "backbone/") if read_json(folder / "config.json").get("backbone_included") else ("",):
         if f"{prefix}model.safetensors.index.json" in names:
-            index = _read_json(folder / f"{prefix}model.safetensors.index.json")
+            index = read_json(folder / f"{prefix}model.safetensors.index.json")
             missing += [prefix + shard for shard in set(index["weight_map"].values()) if prefix + shard not in names]
         elif f"{prefix}model.safetensors" not in names:
             missing.append(f"{prefix}model.safetensors")
@@ -317,12 +328,15 @@ def check_contents(folder: Path, files: list[Path], include_examples: bool = Fal
         if file.name.lower().endswith(_BINARY):
             continue
         text = file.read_text(errors="replace")
-        if _TOKEN.search(text):
+        if TOKEN.search(text):
             raise ValueError(f"{name!r} holds an access token; remove it, and revoke it on the Hub's settings page")
         # In JSON the names of classes may look like anything; everywhere else the whole text is read.
-        entries = list(_strings(_read_json(file))) if file.suffix == ".json" else [("", text)]
+        entries = list(_strings(read_json(file))) if file.suffix == ".json" else [("", text)]
         places = [value for _, value in entries if file.suffix == ".json" and is_local_path(value)]
-        places += [place for place in _PATH_IN_TEXT.findall(text) if place != _NOBODYS_HOME]
+        places += [place for place in PATH_IN_TEXT.findall(text) if place != _NOBODYS_HOME]
+        if name in (REPORT, TRAINING):  # "data/patients test": a folder's name in front of what was read of it
+            sources = [value for key, value in entries if key in _SOURCES]
+            places += [s for s in sources if re.search(r"[/\\]", s.split(" ")[0]) and not is_hub_id(s.split(" ")[0])]
         if places:
             raise ValueError(
                 f"{name!r} holds the local path {places[0]!r}, which is nobody else's business; remove it"
@@ -406,7 +420,7 @@ def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
     """Every text in a JSON value with the key it stands under, names of classes left out."""
     if isinstance(value, dict):
         for name, entry in value.items():
-            if name not in _LABELS:
+            if name not in LABELS:
                 yield key, str(name)
                 yield from _strings(entry, str(name))
     elif isinstance(value, list):
@@ -414,24 +428,6 @@ def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
             yield from _strings(entry, key)
     elif isinstance(value, str):
         yield key, value
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file.name!r} in {str(file.parent)!r} cannot be read as JSON: {error}") from error
-
-
-def _refresh_card(folder: Path, repo_id: str) -> None:
-    """Write the card where there is none, or an earlier one of ours; a card that somebody wrote stays."""
-    card = folder / "README.md"
-    if not card.exists() or GENERATED in card.read_text():
-        write_card(folder, repo_id)
-
-
-def _without_tokens(text: str) -> str:
-    return _TOKEN.sub("hf_***", text)
 
 
 def _command(

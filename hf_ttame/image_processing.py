@@ -21,6 +21,7 @@ Picture = Image.Image | np.ndarray  # RGB, or (H, W, C) float32 in 0..255 where 
 
 MAX_PIXELS = 100_000_000  # a larger picture is refused before it is decoded
 MAX_ASPECT = 100  # the shorter side is scaled up to the backbone's input: a thin line would fill the memory
+_DRAWN_BY_PROGRAMS = ("EPS", "WMF")  # Pillow hands EPS to Ghostscript
 _RAMP_SIDE = 64  # pictures smaller than this are measured on an enlarged ramp
 _INTERPOLATION = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 
@@ -40,7 +41,7 @@ def load_image(source: ImageInput) -> Image.Image:
         name = repr(os.fspath(source))
         try:
             with Image.open(source) as image:
-                _check_size(image.size, name)
+                check_picture(image, name)
                 return _to_rgb(image)
         except FileNotFoundError as error:
             raise ValueError(f"image {name} does not exist; check the path") from error
@@ -49,7 +50,7 @@ def load_image(source: ImageInput) -> Image.Image:
                 f"image {name} cannot be read ({error}); give a picture that opens in a viewer"
             ) from error
     if isinstance(source, Image.Image):
-        _check_size(source.size, "given")
+        check_picture(source, "given")
         try:
             return _to_rgb(source)
         except (OSError, SyntaxError, EOFError) as error:
@@ -97,6 +98,15 @@ def shown(picture: Picture) -> Image.Image:
 
 def width_height(picture: Picture) -> tuple[int, int]:
     return picture.size if isinstance(picture, Image.Image) else (picture.shape[1], picture.shape[0])
+
+
+def check_picture(image: Image.Image, name: str) -> None:
+    """Raise ValueError, before a picture is decoded, where it is too large or too thin, or would start a program."""
+    if image.format in _DRAWN_BY_PROGRAMS:
+        raise ValueError(
+            f"image {name} is of the format {image.format}, which is drawn by running another program; save it as PNG"
+        )
+    _check_size(image.size, name)
 
 
 def _check_size(size: tuple[int, int], name: str) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import json
 import os
 import re
 import tempfile
@@ -22,6 +23,7 @@ from transformers.utils import ModelOutput
 
 from .answers import answered, class_logits, probabilities
 from .backbones import Backbone, check_finite, input_channels, labels_of, load_backbone, outputs_of, wrap_backbone
+from .cards import is_ours, write_card
 from .configuration_ttame import TTameConfig
 from .explanation import Explanation
 from .features import FeatureLayer, check_names, classify, extract, probe_layers
@@ -40,10 +42,13 @@ from .image_processing import (
 )
 from .layer_choice import choose_layers, find_pooled_classifier
 from .masking import min_max
+from .records import Records, head_fingerprint
 from .saving import (
     add_remote_code,
     align,
     check_download,
+    checked_token,
+    clean_configs,
     fetch_weights,
     fingerprint,
     move_into,
@@ -85,6 +90,7 @@ class TTameModel(PreTrainedModel):
         self.backbone: Any = None  # a classifier, attached by from_backbone and from_pretrained
         self.image_processor: Any = None
         self._placements: dict[tuple[int, int], Placement] = {}
+        self._records = Records("")  # of a head that was loaded
         self._warned_unseen = False
         self._capture_lock = threading.Lock()  # hooks of two passes at once would mix their features
         self.post_init()
@@ -106,6 +112,7 @@ class TTameModel(PreTrainedModel):
         copied.head.to(next(self.head.parameters()))
         if self.backbone is not None:
             copied._attach(copy.deepcopy(self.backbone, memo), self.image_processor)
+        copied._records = self._records
         return copied.train(self.training)
 
     # ---- making -------------------------------------------------------------------------------------------------
@@ -476,6 +483,9 @@ class TTameModel(PreTrainedModel):
     ) -> None:
         """Write the explainer; the files appear under their names only when they are complete.
 
+        The report, the training record and card.json that lay beside the head when it was loaded are written too, as
+        long as it is still the same head.
+
         Args:
             save_directory: created where it does not exist.
             include_backbone: also write the backbone, into `backbone/`. None: only where it has no Hub id to refer to.
@@ -494,7 +504,7 @@ class TTameModel(PreTrainedModel):
                 "could meet other weights later; pass revision=COMMIT to from_backbone, or include_backbone=True"
             )
         target.parent.mkdir(parents=True, exist_ok=True)
-        before = self.config.backbone_included
+        before = (self.config.backbone_included, self.config.head_fingerprint)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as part:
             try:
                 self.config.backbone_included = include
@@ -503,9 +513,12 @@ class TTameModel(PreTrainedModel):
                         f"head.{name}": tensor.to(head_dtype) if tensor.is_floating_point() else tensor
                         for name, tensor in self.head.state_dict().items()
                     }
+                saved = kwargs.get("state_dict") or self.head.state_dict(prefix="head.")
+                head = head_fingerprint({name: saved[name] for name in saved if name.startswith("head.")})
+                self.config.head_fingerprint = head
                 super().save_pretrained(part, **kwargs)
             finally:
-                self.config.backbone_included = before
+                self.config.backbone_included, self.config.head_fingerprint = before
             add_remote_code(Path(part))
             if self.image_processor is not None:
                 self.image_processor.save_pretrained(part)
@@ -513,7 +526,16 @@ class TTameModel(PreTrainedModel):
                 backbone = self._backbone()
                 backbone.save_pretrained(Path(part, "backbone"))
                 self.image_processor.save_pretrained(Path(part, "backbone"))
+            clean_configs(Path(part))
+            for name, record in self._records.of(head, kwargs.get("token")):
+                Path(part, name).write_text(json.dumps(record, indent=2) + "\n")
+            if is_ours(target / "README.md"):
+                try:
+                    write_card(part)
+                except ValueError as error:  # never worth the weights
+                    warnings.warn(f"the explainer is saved without a card: {error}", stacklevel=2)
             move_into(Path(part), target)
+        self.config.head_fingerprint = head
 
     def _pin_backbone(self) -> bool:
         """Record the commit of the backbone's Hub id. True where none is known: the backbone must be included."""
@@ -557,6 +579,8 @@ class TTameModel(PreTrainedModel):
         kwargs["use_safetensors"] = (
             True  # of the head; transformers opens a user's own .bin backbone with weights_only
         )
+        if "token" in kwargs:
+            kwargs["token"] = checked_token(kwargs["token"])
         hub_kwargs: dict[str, Any] = {
             key: kwargs[key] for key in ("token", "cache_dir", "local_files_only") if key in kwargs
         }
@@ -569,6 +593,11 @@ class TTameModel(PreTrainedModel):
                 patiently(lambda: fetch_weights(source, **where))
             load = super().from_pretrained
             model, info = patiently(lambda: load(source, *args, **{**kwargs, "output_loading_info": True}))
+            processor = patiently(
+                lambda: AutoImageProcessor.from_pretrained(
+                    source, backend=model.config.processor_backend, trust_remote_code=False, **where
+                )
+            )
         except SafetensorError as error:
             if cached:
                 check_download(*cached)
@@ -579,24 +608,37 @@ class TTameModel(PreTrainedModel):
             if cached:
                 check_download(*cached)
             raise ValueError(f"the explainer {source!r} cannot be loaded: {error}") from error
+        except ValueError:  # perhaps a damaged file that is no JSON any more
+            if cached:
+                check_download(*cached)
+            raise
         if cached:
             check_download(*cached)
         if missing := [key for key in info["missing_keys"] if key.startswith("head.")]:
             raise ValueError(f"{source!r} lacks the head's weights {sorted(missing)[:4]}; download or copy it again")
         check_finite(model.head)
+        beside = {
+            "revision": getattr(model.config, "_commit_hash", None) or kwargs.get("revision"),
+            "cache_dir": kwargs.get("cache_dir"),
+        }
+        model._records = Records.beside(source, model.head.state_dict(), **beside)
         hub_kwargs |= attention
-        model._load_backbone(source, backbone, strict, kwargs.get("revision"), kwargs.get("dtype"), hub_kwargs)
+        own = (kwargs.get("revision"), kwargs.get("dtype"), hub_kwargs)
+        model._load_backbone(source, backbone, processor, strict, *own)
         return (model, info) if loading_info else model
 
     def _load_backbone(
-        self, source: str, backbone: Any, strict: bool, revision: str | None, dtype: Any, hub_kwargs: dict[str, Any]
+        self,
+        source: str,
+        backbone: Any,
+        processor: Any,
+        strict: bool,
+        revision: str | None,
+        dtype: Any,
+        hub_kwargs: dict[str, Any],
     ) -> None:
         config = self.config
         own = {**hub_kwargs, "revision": revision}  # the explainer's revision says nothing about the backbone's
-        here = {key: value for key, value in own.items() if key != "attn_implementation"}
-        processor = AutoImageProcessor.from_pretrained(
-            source, backend=config.processor_backend, trust_remote_code=False, **here
-        )
         # The backbone is compared in the dtype of its fingerprint, then cast.
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         dtype = getattr(torch, str(config.backbone_fingerprint).split(":")[0], wanted)
@@ -606,7 +648,9 @@ class TTameModel(PreTrainedModel):
         elif backbone is not None:
             found = load_backbone(os.fspath(backbone), processor=processor, dtype=dtype, **hub_kwargs)
         elif config.backbone_included:
-            found = load_backbone(source, processor=processor, dtype=dtype, subfolder="backbone", **own)
+            found = load_backbone(
+                source, processor=processor, dtype=dtype, subfolder="backbone", only_safetensors=True, **own
+            )
         elif config.backbone is not None:
             validate_repo_id(config.backbone)  # a config may come from anybody: no path, no revision that is one
             if config.backbone_revision and not re.fullmatch(r"[0-9a-f]{40}", config.backbone_revision):
@@ -619,6 +663,7 @@ class TTameModel(PreTrainedModel):
                 dtype=dtype,
                 revision=config.backbone_revision,
                 only_hub=True,
+                only_safetensors=True,
                 **hub_kwargs,
             )
         else:

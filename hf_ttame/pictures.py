@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 from PIL import Image, UnidentifiedImageError
 
-from .image_processing import load_image
+from .image_processing import check_picture, load_image
 
 _SPLITS = {"train", "training", "validation", "valid", "val", "test"}
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -170,6 +170,7 @@ def decode(value: Any, side: int | None = None) -> Image.Image:
     try:
         with Image.open(io.BytesIO(value) if isinstance(value, bytes) else value) as image:
             if side is not None:
+                check_picture(image, "given")  # a progressive JPEG takes the memory of its full size all the same
                 image.draft("RGB", (side, side))
             return load_image(image)
     except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:

@@ -28,6 +28,13 @@ _TRANSIENT = (408, 429, 500, 502, 503, 504)
 _Result = TypeVar("_Result")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _LOCAL_PATH = re.compile(r"(/|~|file:|[A-Za-z]:[\\/]|\\\\|\.{1,2}[\\/])")
+PATH_IN_TEXT = re.compile(
+    r"(?<![\w:/.~<-])(?:/(?:home|Users|root|mnt|media|Volumes|nfs|tmp|var|opt|srv|data|scratch|private|work|"
+    r"workspace)/[\w.-]+"
+    r"|[A-Za-z]:\\\\?[\w.-]+\\|file:///?[\w.-]+)"
+)
+TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}|\b(?:hf_oauth|hf_jwt|api_org)_[\w.-]{16,}")
+LABELS = ("id2label", "label2id", "label_names")  # names of classes, which may look like anything
 
 
 def fingerprint(backbone: nn.Module) -> str:
@@ -57,7 +64,7 @@ def align(module: nn.Module) -> None:
 
 def portable_config(backbone: nn.Module) -> dict[str, Any]:
     """The backbone's config without its labels, which stand at the top, and without any local path."""
-    left_out = ("_name_or_path", "transformers_version", "label_names", "id2label", "label2id", "auto_map")
+    left_out = ("_name_or_path", "transformers_version", "auto_map", *LABELS)
     config: Any = backbone.config
     return without_paths({key: value for key, value in config.to_diff_dict().items() if key not in left_out})
 
@@ -67,13 +74,59 @@ def is_local_path(text: Any) -> bool:
     return isinstance(text, str) and len(text) > 1 and _LOCAL_PATH.match(text) is not None
 
 
+def is_hub_id(name: Any) -> bool:
+    """Whether a name can be shown to anybody: "organisation/name", and no place on this machine."""
+    parts = name.split("/") if isinstance(name, str) else []
+    return (
+        len(parts) == 2
+        and all(re.fullmatch(r"[\w.-]*\w[\w.-]*", part) for part in parts)
+        and not is_local_path(name)
+        and not Path(name).exists()
+    )
+
+
+def holds_local_path(text: Any) -> bool:
+    """Whether a value is a local path, or a text with one in it."""
+    return is_local_path(text) or (isinstance(text, str) and PATH_IN_TEXT.search(text) is not None)
+
+
 def without_paths(value: Any) -> Any:
-    """The same dicts and lists without the entries that are local paths."""
+    """The same dicts and lists without the entries that hold local paths; names of classes stay as they are."""
     if isinstance(value, dict):
-        return {key: without_paths(entry) for key, entry in value.items() if not is_local_path(entry)}
+        return {
+            key: entry if key in LABELS else without_paths(entry)
+            for key, entry in value.items()
+            if not holds_local_path(entry) and not holds_local_path(key)
+        }
     if isinstance(value, (list, tuple)):
-        return [without_paths(entry) for entry in value if not is_local_path(entry)]
+        return [without_paths(entry) for entry in value if not holds_local_path(entry)]
     return value
+
+
+def clean_configs(folder: Path) -> None:
+    """Remove local paths from every config in a folder before it gets its name: they are nobody else's business."""
+    for file in (*folder.rglob("config.json"), *folder.rglob("preprocessor_config.json")):
+        config = without_paths(json.loads(file.read_text()))
+        config.pop("_name_or_path", None)  # a folder's relative name does not look like a path
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def checked_token(token: Any) -> Any:
+    """The token without white space around it.
+
+    Raises:
+        ValueError: it holds characters that no token has. The HTTP client would name the whole token in its error.
+    """
+    if not isinstance(token, str):
+        return token
+    if not re.fullmatch(r"[!-~]*", token.strip()):
+        raise ValueError("token holds characters that no access token has; copy it again from the Hub's settings page")
+    return token.strip()
+
+
+def without_tokens(text: str) -> str:
+    """The text with every access token of the Hub made unreadable."""
+    return TOKEN.sub("hf_***", text)
 
 
 def resolve_commit(repo_id: str, revision: str | None, **hub_kwargs: Any) -> str | None:
@@ -145,6 +198,12 @@ def fetch_weights(repo_id: str, **where: Any) -> None:
         except EntryNotFoundError:
             continue
     raise FileNotFoundError("it has no model.safetensors, and nothing else is opened; publish it with `ttame push`")
+
+
+def is_pickled(repo_id: str, revision: str | None, cache_dir: Any = None) -> bool:
+    """Whether what lies in the cache of a repository that was just loaded has no safetensors."""
+    cached = huggingface_hub.try_to_load_from_cache(repo_id, "config.json", cache_dir=cache_dir, revision=revision)
+    return isinstance(cached, str) and not any(Path(cached).parent.rglob("*.safetensors"))
 
 
 class DamagedDownload(ValueError):

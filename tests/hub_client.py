@@ -3,15 +3,19 @@
 The server's address is in HF_ENDPOINT. Several steps share a process because the imports take seconds.
 """
 
+import hashlib
 import json
 import os
 import sys
 import time
+import traceback
 import urllib.request
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import torch
 from PIL import Image
@@ -32,6 +36,8 @@ def outcome(action: Callable[[], Any]) -> str:
     try:
         action()
     except Exception as error:
+        if TOKEN and TOKEN in "".join(traceback.format_exception(error)):
+            return "THE TOKEN IS IN THE TRACEBACK"
         return f"{type(error).__name__}: {error}"
     return "ok"
 
@@ -56,13 +62,17 @@ def seed_head(model: Any) -> Any:
 
 def push() -> dict[str, Any]:
     """Explainers of a transformers and a timm repository; a dataset, a Space, a branch, a pull request."""
-    from transformers import AutoModel
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
     found: dict[str, Any] = {"lines": []}
     found["not asked"] = outcome(lambda: AutoModel.from_pretrained("org/ready", trust_remote_code=False))
+    found["processor, not imported"] = type(AutoImageProcessor.from_pretrained("org/ready")).__name__
     found["imported"] = "hf_ttame" in sys.modules
     remote = AutoModel.from_pretrained("org/ready", trust_remote_code=True)
     found["remote"] = [type(remote).__module__, remote.backbone is not None]
+    found["remote config"] = type(AutoConfig.from_pretrained("org/ready", trust_remote_code=True)).__module__
+    classifier = AutoModelForImageClassification.from_pretrained("org/ready", trust_remote_code=True)
+    found["remote classifier"] = bool(torch.equal(classifier(pixels()).logits, remote(pixels()).logits))
 
     from hf_ttame import TTameModel
     from hf_ttame.hub import push_folder
@@ -88,6 +98,22 @@ def push() -> dict[str, Any]:
             found["no create"] = outcome(lambda: model.push_to_hub("org/ttame-vit", say=say))  # noqa: B023
             found["no repository"] = outcome(lambda: model.push_to_hub("org/ttame-new", say=say))  # noqa: B023
             ask("/_test/fault", {})
+    again = TTameModel.from_pretrained("org/measured")
+    again.push_to_hub("org/measured-again", include_backbone=False, head_dtype=torch.float16, say=say)
+    with torch.no_grad():
+        again.head.fuser.bias += 0.5
+    again.push_to_hub("org/measured-other", include_backbone=False, say=say)
+    with warnings.catch_warnings(record=True) as caught:
+        pickled = TTameModel.from_backbone("org/pickled-vit")
+        found["pickled"] = [str(warning.message) for warning in caught if "pickle" in str(warning.message)]
+    pickled.push_to_hub("org/ttame-of-pickled", say=say)
+    found["evil pickle"] = outcome(lambda: TTameModel.from_backbone("org/evil-vit"))
+    for what, token in (("a line's end", TOKEN + "\n"), ("a letter", TOKEN + "\u00e9")):
+        found[f"token with {what}"] = [
+            outcome(lambda: TTameModel.from_pretrained("org/ttame-vit", token=token)),  # noqa: B023
+            outcome(lambda: TTameModel.from_backbone("org/tiny-vit", token=token)),  # noqa: B023
+            outcome(lambda: push_folder(WORK / "vit", "org/ttame-vit", token=token, say=say)),  # noqa: B023
+        ]
     from typer.testing import CliRunner
 
     from hf_ttame.cli import app
@@ -144,13 +170,22 @@ def load() -> dict[str, Any]:
     found["explained"] = [entry["overlay"].size for entry in explain("photo.jpg", top_k=2)]
     found["no explainer"] = outcome(lambda: pipeline("image-explanation", model="org/tiny-vit"))
 
-    unwanted = ("gated", "bare", "outside", "absolute", "pickle")
+    moved = pipeline("image-explanation", model="org/ttame-vit", device="cpu", dtype=torch.bfloat16)
+    found["moved pipeline"] = [str(moved.device), str(next(moved.model.head.parameters()).dtype)]
+    found["moved map"] = str(moved("photo.jpg")[0]["explanation"].map.dtype)
+
+    unwanted = ("gated", "bare", "outside", "absolute", "pickle", "included-pickle", "named-pickle", "inside-out")
     for name in ("nobody/nothing", *(f"org/ttame-{name}" for name in unwanted)):
         found[name] = outcome(lambda: AutoModel.from_pretrained(name))  # noqa: B023
     found["no revision"] = outcome(lambda: AutoModel.from_pretrained("org/ttame-vit", revision="v9"))
     found["remote backbone"] = outcome(lambda: AutoModel.from_pretrained("org/ttame-remote"))
     found["path backbone"] = outcome(lambda: AutoModel.from_pretrained("org/ttame-path"))
     found["outside"] = sorted(str(p) for p in WORK.rglob("evil*"))
+
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    found["offline mode"] = outcome(lambda: AutoModel.from_pretrained("org/ttame-timm"))
+    found["offline mode, never seen"] = outcome(lambda: AutoModel.from_pretrained("org/never-seen"))
+    huggingface_hub.constants.HF_HUB_OFFLINE = False
 
     import re
 
@@ -161,6 +196,18 @@ def load() -> dict[str, Any]:
     found["cards"] = blocks
     found["written"] = sorted(p.name for p in WORK.glob("photo_*.png"))
     return found
+
+
+def half_written(cache: Path) -> list[str]:
+    """Files under their final names in a cache whose contents are not those that the Hub announced."""
+    broken = []
+    for file in cache.rglob("*"):
+        if file.is_file() and "snapshots" in file.parts:
+            content, name = file.read_bytes(), file.resolve().name
+            git = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+            if name not in (git, hashlib.sha256(content).hexdigest()):
+                broken.append(file.name)
+    return broken
 
 
 def faults(few: bool = False) -> dict[str, Any]:
@@ -176,12 +223,14 @@ def faults(few: bool = False) -> dict[str, Any]:
 
     def loaded(cache: Path) -> str:
         problem = outcome(lambda: found.append(TTameModel.from_pretrained("org/ttame-vit", cache_dir=cache)))
+        if broken := half_written(cache):
+            return f"HALF-WRITTEN: {broken}"
         if problem == "ok" and not np.array_equal(maps(found.pop()).numpy(), expected):
             return "LOADED, BUT OTHER MAPS"
         return problem
 
     found: list[Any] = []
-    for kind, match, times in DOWNLOAD_FAULTS[: 8 if few else None]:
+    for kind, match, times in DOWNLOAD_FAULTS[: 9 if few else None]:
         cache = WORK / "caches" / str(len(table))
         ask("/_test/fault", {"kind": kind, "match": match, "times": times})
         began = time.perf_counter()
@@ -213,8 +262,10 @@ DOWNLOAD_FAULTS = [
     ("checksum", "GET /org/ttame-vit/resolve/.*config.json", 1),
     ("checksum", "GET /org/tiny-vit/resolve/.*model.safetensors", 1),
     ("checksum", "GET /org/tiny-vit/resolve/.*/config.json", 1),
+    ("checksum", "GET /org/ttame-vit/resolve/.*preprocessor_config.json", 1),
     ("slow", WEIGHTS, 1),
     ("500", WEIGHTS, 99),
+    ("500", "GET /org/ttame-vit/resolve/.*preprocessor_config.json", 1),
     ("500", "GET /org/tiny-vit/resolve/.*model.safetensors", 1),
     ("cut", "GET /org/tiny-vit/resolve/.*model.safetensors", 1),
     ("500", "HEAD /org/ttame-vit/resolve", 1),

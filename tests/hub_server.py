@@ -74,7 +74,8 @@ class Hub:
     def __init__(self) -> None:
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.objects: dict[str, bytes] = {}
-        self.faults: list[Fault] = []
+        self.faults: list[Fault] = []  # of the test
+        self.client_faults: list[Fault] = []  # that a client asked for
         self.requests: list[str] = []
         self.authorizations: set[str] = set()
         self.url = ""
@@ -100,6 +101,7 @@ class Hub:
 
     def reset(self) -> None:
         self.faults.clear()
+        self.client_faults.clear()
         self.requests.clear()
 
     def environment(self, home: Path, **extra: str) -> dict[str, str]:
@@ -113,6 +115,7 @@ class Hub:
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "HF_TOKEN": TOKEN,
+            "DISABLE_SAFETENSORS_CONVERSION": "1",  # transformers would ask a service to convert pickles
             "OMP_NUM_THREADS": "1",
             "NO_PROXY": "*",
             **extra,
@@ -125,7 +128,9 @@ class Hub:
         line = f"{request.method} {path}"
         self.requests.append(line)
         self.authorizations.add(request.headers.get("authorization", ""))
-        fault = next((f for f in self.faults if f.hits < f.times and re.search(f.match, line)), None)
+        fault = next(
+            (f for f in self.faults + self.client_faults if f.hits < f.times and re.search(f.match, line)), None
+        )
         if fault is not None:
             fault.hits += 1
             if fault.kind.isdigit():
@@ -158,11 +163,11 @@ class Hub:
             return self._store(match[1], await request.body())
         if path == "/_test/fault":
             fault = await request.json()
-            self.faults = [Fault(**fault)] if fault else []
+            self.client_faults = [Fault(**fault)] if fault else []
             self.objects.clear()  # so that a next push really sends its files
             return JSONResponse({})
         if path == "/_test/hits":
-            return JSONResponse({"hits": sum(fault.hits for fault in self.faults)})
+            return JSONResponse({"hits": sum(fault.hits for fault in self.client_faults)})
         if path == "/_lfs/verify":
             return JSONResponse({}, 200 if (await request.json())["oid"] in self.objects else 404)
         if match := re.fullmatch(r"/(?:datasets/|spaces/)?[^/]+/[^/]+\.git/info/lfs/objects/batch", path):

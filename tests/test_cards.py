@@ -1,16 +1,22 @@
 """Cards: what they say, that they are those in the repository, and that hostile text in a config has no power."""
 
+import contextlib
+import copy
 import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
 
 from hf_ttame import TTameModel
 from hf_ttame.cards import GENERATED, code, escape, render_card, write_card
+from hf_ttame.evaluation import Plan, compare
+from hf_ttame.hub import check_contents, files_to_push, push_folder
+from hf_ttame.records import fingerprint_of_folder, head_fingerprint
 
 CARDS = Path(__file__).parents[1] / "model_cards"
 ASSET = Path(__file__).parents[1] / "hf_ttame" / "assets" / "efficientnet_lite0"
@@ -23,6 +29,11 @@ def folder(vit_folder, tmp_path_factory):
     target = tmp_path_factory.mktemp("cards") / "explainer"
     TTameModel.from_backbone(vit_folder).save_pretrained(target)
     return target
+
+
+def put(folder: Path, name: str, record: dict) -> None:
+    """A record about the head that lies in the folder."""
+    (folder / name).write_text(json.dumps({**record, "head_fingerprint": fingerprint_of_folder(folder)}))
 
 
 @pytest.mark.parametrize("name", WRITTEN)
@@ -92,11 +103,11 @@ def test_facts_of_a_card(folder):
 
 def test_training_record_and_report(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "x")
-    (tmp_path / "x/training.json").write_text(
-        json.dumps({"dataset": "org/pictures", "steps": 77, "last": {"total": 1.5}})
-    )
-    (tmp_path / "x/report.json").write_text(
-        json.dumps({"images": 12, "dataset": "d", "methods": {"ttame": {"AD soft 50": 20.25}, "rise": {}}})
+    put(tmp_path / "x", "training.json", {"dataset": "org/pictures", "steps": 77, "last": {"total": 1.5}})
+    put(
+        tmp_path / "x",
+        "report.json",
+        {"images": 12, "dataset": "d", "methods": {"ttame": {"AD soft 50": 20.25}, "rise": {}}},
     )
     card = render_card(tmp_path / "x")
     assert "- Data: org/pictures" in card
@@ -105,7 +116,7 @@ def test_training_record_and_report(folder, tmp_path):
     assert row.count("not measured") == 6  # the mean mask, four kinds of mask, and IC soft 50
     assert "20.2 / not measured" in row
     assert "- not measured" in card.split("Paired")[1]  # no intervals in this report
-    (tmp_path / "x/training.json").write_text(json.dumps({"dataset": f"{HOME}/patients"}))
+    put(tmp_path / "x", "training.json", {"dataset": f"{HOME}/patients"})
     assert "/home" not in render_card(tmp_path / "x")
 
 
@@ -126,7 +137,7 @@ def test_a_report_of_ttame_compare(folder, tmp_path):
         "sanity": {"randomised": {"value": 0.5, "must": "< 0.3", "passed": False}},
         "pictures": {"ROAD": "road.png"},
     }
-    (tmp_path / "x/report.json").write_text(json.dumps(report))
+    put(tmp_path / "x", "report.json", report)
     card = render_card(tmp_path / "x")
     assert "40 photographs of a local folder" in card
     assert "| **ttame (this explainer)** | not measured | not measured | 30.1 / not measured |" in card
@@ -140,7 +151,7 @@ def test_a_report_of_ttame_compare(folder, tmp_path):
 @pytest.mark.parametrize("name", ["data/patients/Smith", f"{HOME}/Smith", "C:\\me\\Smith", "../Smith", "Smith", 3])
 def test_the_name_of_a_folder_of_pictures_is_not_shown(folder, tmp_path, name):
     shutil.copytree(folder, tmp_path / "x")
-    (tmp_path / "x/training.json").write_text(json.dumps({"dataset": name}))
+    put(tmp_path / "x", "training.json", {"dataset": name})
     assert "- Data: a local folder\n" in render_card(tmp_path / "x")
 
 
@@ -150,14 +161,174 @@ def test_only_numbers_of_this_explainer_are_its_figures(folder, tmp_path):
     (tmp_path / "x/config.json").write_text(json.dumps({**config, "backbone": "org/vit"}))
     own = {"AD soft 50": 1.5, "IC soft 50": float("nan"), "ok": True}
     report = {"methods": {"ttame random": {"AD soft 50": 99.0}, "ttame": own}}
-    (tmp_path / "x/report.json").write_text(json.dumps(report))
+    put(tmp_path / "x", "report.json", report)
     card = render_card(tmp_path / "x")
     assert [result.metric_value for result in ModelCard(card).data.eval_results] == [1.5]
     assert "1.5 / not measured" in card
     assert "**ttame (this explainer)**" in card
     assert "; included |" in card
-    (tmp_path / "x/report.json").write_text(json.dumps({"methods": {"ttame random": {"AD soft 50": 99.0}}}))
+    put(tmp_path / "x", "report.json", {"methods": {"ttame random": {"AD soft 50": 99.0}}})
     assert "(this explainer)" not in render_card(tmp_path / "x")
+
+
+@pytest.mark.parametrize("name", ["report.json", "training.json"])
+def test_a_record_of_another_head_is_refused(folder, tmp_path, name):
+    """The same folder trained on: its old report must not stand beside the new head, in no card and on no Hub."""
+    shutil.copytree(folder, tmp_path / "x")
+    put(tmp_path / "x", name, {"images": 12, "methods": {"ttame": {"AD soft 50": 20.25}}, "steps": 77})
+    assert re.search("20.2|steps 77", render_card(tmp_path / "x"))
+    model = TTameModel.from_pretrained(tmp_path / "x")
+    with torch.no_grad():
+        model.head.fuser.bias += 0.5
+    model.save_pretrained(tmp_path / "x")
+    write_card(folder, output=tmp_path / "x/README.md")  # a card that is there already does not help
+    for attempt in (render_card, lambda place: push_folder(place, "org/x", say=lambda line: None)):
+        with pytest.raises(ValueError, match=f"{name} is about another head"):
+            attempt(tmp_path / "x")
+    (tmp_path / "x/card.json").write_text(json.dumps({"report": "other.json"}))  # the old one would still be sent
+    with pytest.raises(ValueError, match=f"{name} is about another head"):
+        render_card(tmp_path / "x")
+    (tmp_path / "x" / name).write_text(json.dumps({"methods": {"ttame": {"AD soft 50": 1}}, "steps": 77}))
+    with pytest.raises(ValueError, match=f"{name} does not say which head it is about"):
+        render_card(tmp_path / "x")
+
+
+def test_a_report_alone_is_judged_by_the_configs_head():
+    """The shipped explainer's card lies where no weights do."""
+    assert fingerprint_of_folder(CARDS / "efficientnet_lite0") == fingerprint_of_folder(ASSET)
+
+
+def test_the_fingerprint_of_a_head(folder):
+    model = TTameModel.from_pretrained(folder)
+    weights = model.head.state_dict()
+    assert head_fingerprint(weights) == model.config.head_fingerprint == fingerprint_of_folder(folder)
+    half = {key: value.half() if value.is_floating_point() else value for key, value in weights.items()}
+    assert head_fingerprint(half) == head_fingerprint(weights)
+    counted = {**weights, "class_counts": weights["class_counts"] + 1}
+    assert head_fingerprint(counted) == head_fingerprint(weights)
+    assert head_fingerprint({**weights, "fuser.bias": weights["fuser.bias"] + 0.1}) != head_fingerprint(weights)
+
+
+def test_what_compare_measured_is_shown_and_names_no_folder(folder, tmp_path, photo):
+    pictures = tmp_path / "patients_smith"
+    pictures.mkdir()
+    for seed in range(2):
+        photo(80, 70, seed).save(pictures / f"smith_{seed}.png")
+    explainer = Path(shutil.copytree(folder, tmp_path / "x"))
+    model = TTameModel.from_pretrained(explainer)
+    plan = Plan(str(pictures), methods=("ttame",), metrics=("confidence",), batch_size=2)
+    report = compare(model, plan, tmp_path / "out", progress=False)
+    text = (tmp_path / "out/report.json").read_text()
+    assert "smith" not in text
+    assert "smith" not in (tmp_path / "out/report.md").read_text()
+    shutil.copy(tmp_path / "out/report.json", explainer)
+    card = render_card(explainer)
+    assert "2 photographs of a local folder" in card
+    own = report["methods"]["ttame"]["measures"]["AD soft 50"]
+    assert f"- AD soft 50: {own['mean']:.3f} ({own['low']:.3f} to {own['high']:.3f})" in card
+    check_contents(explainer, files_to_push(explainer, "model")[0])
+
+
+def test_records_follow_their_head(folder, tmp_path):
+    """What was measured and trained goes along, whoever saves or publishes the loaded explainer again."""
+    shutil.copytree(folder, tmp_path / "x")
+    put(tmp_path / "x", "measured.json", {"images": 12, "methods": {"ttame": {"AD soft 50": 20.25}}})
+    put(tmp_path / "x", "training.json", {"steps": 77})
+    facts = {"license": "mit", "repo_id": "org/first", "report": "measured.json"}
+    (tmp_path / "x/card.json").write_text(json.dumps(facts))
+    model = TTameModel.from_pretrained(tmp_path / "x")
+    shutil.rmtree(tmp_path / "x")
+    copy.deepcopy(model).save_pretrained(tmp_path / "again", head_dtype=torch.float16)
+    card = render_card(tmp_path / "again")
+    assert "20.2 / not measured" in card
+    assert "steps 77" in card
+    assert "license: mit" in card
+    assert "org/first" not in card
+    with torch.no_grad():
+        model.head.fuser.bias += 0.5  # another head
+    model.save_pretrained(tmp_path / "other")
+    assert {f.name for f in (tmp_path / "other").glob("*.json")} == {"config.json", "preprocessor_config.json"}
+
+
+@pytest.mark.parametrize("name", ["patients/Smith validation", "patients_smith validation", f"{HOME}/x", "a/b/c test"])
+def test_the_folder_of_a_report_is_not_named(folder, tmp_path, name):
+    shutil.copytree(folder, tmp_path / "x")
+    (tmp_path / "patients/Smith").mkdir(parents=True)
+    with contextlib.chdir(tmp_path):
+        for key in ("dataset", "data"):
+            put(tmp_path / "x", "report.json", {"images": 12, key: name, "methods": {"ttame": {"AD soft 50": 20.25}}})
+            card = render_card(tmp_path / "x")
+            assert "12 photographs of a local folder" in card
+            assert name.split()[0] not in card
+    put(tmp_path / "x", "report.json", {"images": 12, "data": "org/set test", "methods": {"ttame": {"AD soft 50": 1}}})
+    assert "12 photographs of org/set test" in render_card(tmp_path / "x")
+    (tmp_path / "x/card.json").write_text(json.dumps({"measured_on": "a hospital's public set"}))
+    assert "12 photographs of a hospital's public set" in render_card(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("name", "record"),
+    [
+        ("report.json", {"methods": {"ttame": 3}}),
+        ("report.json", {"methods": {"ttame": {}}, "differences": ["x"]}),
+        ("report.json", {"methods": {"ttame": {}}, "sanity": {"x": 1}}),
+        ("training.json", {"arguments": [1]}),
+        ("training.json", {"last": 3}),
+    ],
+)
+def test_records_of_another_form(folder, tmp_path, name, record):
+    shutil.copytree(folder, tmp_path / "x")
+    put(tmp_path / "x", name, record)
+    with pytest.raises(ValueError, match="does not have the form"):
+        render_card(tmp_path / "x")
+
+
+def test_json_that_is_too_deep(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "x")
+    (tmp_path / "x/report.json").write_text("[" * 200_000)
+    with pytest.raises(ValueError, match=r"report.json.*cannot be read as JSON"):
+        render_card(tmp_path / "x")
+    TTameModel.from_pretrained(tmp_path / "x")  # explains none the less
+
+
+SECRETS = (f"{HOME}/patients/x", "C:\\me\\x", "file:///x/y", "hf_" + "aZ9" * 10)
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+def test_no_path_and_no_token_in_any_field(folder, tmp_path, secret):
+    shutil.copytree(folder, tmp_path / "x")
+    config = json.loads((tmp_path / "x/config.json").read_text())
+    config |= {"backbone_included": False, "converted_from": secret, "head_license": secret}
+    config["backbone_config"]["architectures"] = [secret]
+    (tmp_path / "x/config.json").write_text(json.dumps(config))
+    words = dict.fromkeys(
+        (
+            "status",
+            "classifier",
+            "classifier_origin",
+            "measured_on",
+            "measured_with",
+            "training_data",
+            "training_cost",
+        ),
+        f"by {secret} once",
+    )
+    words |= {"limits": [secret], "licences": {"data": secret}, "classifier_python": [f"x = '{secret}'"]}
+    (tmp_path / "x/card.json").write_text(json.dumps({**words, "pictures": [{"path": "a.png", "caption": secret}]}))
+    put(tmp_path / "x", "report.json", {"methods": {secret: {"AD soft 50": 1}, "ttame": {"AD soft 50": 1}}})
+    put(tmp_path / "x", "training.json", {"optimizer": secret, "last": {secret: 1}})
+    card = render_card(tmp_path / "x")
+    assert secret not in card
+    assert secret.split("/")[-1] not in card or secret.endswith(("/x", "/y"))
+
+
+@pytest.mark.parametrize("field", ["base_model", "datasets"])
+def test_ids_in_the_metadata_are_ids(folder, tmp_path, field):
+    shutil.copytree(folder, tmp_path / "x")
+    for hostile in ("../x", f"{HOME}/x", "a\nlicense: mit"):
+        (tmp_path / "x/card.json").write_text(json.dumps({field: [hostile] if field == "datasets" else hostile}))
+        with pytest.raises(ValueError, match=r"Repo id must|repo_name"):
+            render_card(tmp_path / "x")
 
 
 HOSTILE = "x](http://evil) <script>alert(1)</script> | `rm -rf` \n# Heading ![p](http://evil/p.png) ---\nlicense: mit"
@@ -171,10 +342,9 @@ def test_hostile_text_has_no_power(folder, tmp_path):
     config["feature_layers"][0]["name"] = HOSTILE
     config["id2label"]["0"] = HOSTILE
     (tmp_path / "x/config.json").write_text(json.dumps(config))
-    (tmp_path / "x/report.json").write_text(
-        json.dumps({"images": HOSTILE, "dataset": HOSTILE, "methods": {HOSTILE: {"AD soft 50": HOSTILE}, "ttame": {}}})
-    )
-    (tmp_path / "x/training.json").write_text(json.dumps({"dataset": HOSTILE, "steps": HOSTILE, "last": {HOSTILE: 1}}))
+    methods = {HOSTILE: {"AD soft 50": HOSTILE}, "ttame": {}}
+    put(tmp_path / "x", "report.json", {"images": HOSTILE, "dataset": HOSTILE, "methods": methods})
+    put(tmp_path / "x", "training.json", {"dataset": HOSTILE, "steps": HOSTILE, "last": {HOSTILE: 1}})
     card = render_card(tmp_path / "x")
     _, front, body = card.split("---\n", 2)
     assert "license" not in yaml.safe_load(front)
@@ -186,6 +356,14 @@ def test_hostile_text_has_no_power(folder, tmp_path):
     for line in outside.splitlines():
         if line.startswith("| ") and "classifier" in line:
             assert len(re.findall(r"(?<!\\)\|", line)) == 3
+
+
+def test_nothing_becomes_a_link_or_turns_the_text_around():
+    assert escape("see www.evil.com, mail a@b.com, http://x.y") == (
+        "see www\u200b.evil.com, mail a\u200b@b.com, http:\u200b//x.y"
+    )
+    assert escape("a\u202eb\x00c\x1b[31m") == "abc\\[31m"
+    assert code("a\u202eb") == "`ab`"
 
 
 @pytest.mark.parametrize("text", ["a|b", "`", "[x](y)", "<b>", "$title", "a\n# b", "*x*_y_"])
@@ -201,7 +379,7 @@ def test_escaping(text):
     [
         ({"unheard": "x"}, "got 'unheard'"),
         ({"limits": "one"}, "got 'limits' of type str"),
-        ({"report": "../../etc/report.json"}, "must lie beside it"),
+        ({"report": "../../etc/report.json"}, "must be a .json file beside it"),
         ({"repo_id": "../x"}, "Repo id must"),
     ],
 )

@@ -16,10 +16,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import make_timm, make_vit
+from conftest import make_timm, make_vit, vit_processor
+from hub_contents import Evil, fill
 from hub_server import TOKEN, running_hub
 from safetensors.torch import load_file
-from timm.models._hub import save_for_hf
 from transformers import AutoImageProcessor, AutoModel, ViTForImageClassification
 from typer.testing import CliRunner
 
@@ -27,6 +27,7 @@ from hf_ttame import TTameModel
 from hf_ttame.cards import render_card, write_card
 from hf_ttame.cli import app
 from hf_ttame.hub import check_contents, detect_kind, files_to_push, push_folder
+from hf_ttame.records import fingerprint_of_folder
 from hf_ttame.saving import is_local_path, patiently, without_paths
 
 ROOT = Path(__file__).parents[1]
@@ -41,11 +42,18 @@ def vit(vit_folder):
     return TTameModel.from_backbone(vit_folder)
 
 
+@pytest.fixture(scope="module")
+def saved_once(vit_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    TTameModel.from_backbone(vit_folder).save_pretrained(folder)
+    write_card(folder)
+    return folder
+
+
 @pytest.fixture
-def saved(vit, tmp_path):
-    vit.save_pretrained(tmp_path / "saved")
-    write_card(tmp_path / "saved")
-    return tmp_path / "saved"
+def saved(saved_once, tmp_path):
+    """An explainer's folder with its card, the test's own."""
+    return Path(shutil.copytree(saved_once, tmp_path / "saved"))
 
 
 def test_another_architecture_of_as_many_classes_is_refused(vit, tmp_path):
@@ -160,6 +168,64 @@ def test_no_local_path_in_configs_or_cards(tmp_path):
         assert str(tmp_path) not in file.read_text()
 
 
+def test_no_local_path_in_any_config_that_is_saved(vit_folder, tmp_path):
+    """Wherever a library or a user left it: the explainer's config, the backbone's, the preprocessing's."""
+    model = TTameModel.from_backbone(vit_folder)
+    model.config.trained_in = f"{HOME}/runs/7"
+    model.backbone.config.label_files = {"of": ["x", f"written to {HOME}/labels.txt"]}
+    model.backbone.config._name_or_path = "patients/smith"
+    model.image_processor.cache = f"{HOME}/cache"
+    model.save_pretrained(tmp_path / "x", include_backbone=True)
+    write_card(tmp_path / "x")
+    files = [file for file in (tmp_path / "x").rglob("*.json") if "index" not in file.name]
+    assert len(files) == 4
+    for file in files:
+        text = file.read_text()
+        assert HOME not in text
+        assert "smith" not in text
+        assert str(tmp_path) not in text
+    assert json.loads((tmp_path / "x/backbone/config.json").read_text())["label_files"] == {"of": ["x"]}
+    check_contents(tmp_path / "x", files_to_push(tmp_path / "x", "model")[0])
+    same = TTameModel.from_pretrained(tmp_path / "x", strict=True)
+    assert same.config.id2label == model.config.id2label
+    assert torch.equal(same(torch.ones(1, 3, 64, 64)).map_logits, model(torch.ones(1, 3, 64, 64)).map_logits)
+
+
+def test_names_of_classes_may_look_like_paths(tmp_path):
+    backbone = make_vit()
+    backbone.config.id2label = {0: f"{HOME}/x", 1: "./b", **{i: f"class {i}" for i in range(2, 7)}}
+    backbone.config.label2id = {label: i for i, label in backbone.config.id2label.items()}
+    model = TTameModel.from_backbone(backbone, processor=vit_processor())
+    model.save_pretrained(tmp_path)
+    assert TTameModel.from_pretrained(tmp_path).config.id2label == backbone.config.id2label
+
+
+def test_an_included_backbone_is_safetensors_in_a_folder_too(saved, vit):
+    (saved / "backbone/model.safetensors").unlink()
+    torch.save(vit.backbone.state_dict(), saved / "backbone/pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"cannot be loaded: .*model\.safetensors"):
+        TTameModel.from_pretrained(saved)
+
+
+def test_a_users_own_pickled_backbone_is_saved_as_safetensors(vit, vit_folder, tmp_path):
+    folder = Path(shutil.copytree(vit_folder, tmp_path / "own"))
+    (folder / "model.safetensors").unlink()
+    torch.save(vit.backbone.state_dict(), folder / "pytorch_model.bin")
+    TTameModel.from_backbone(folder).save_pretrained(tmp_path / "x")
+    assert [f.suffix for f in (tmp_path / "x/backbone").glob("*model*")] == [".safetensors"]
+    torch.save({**vit.backbone.state_dict(), "x": Evil(tmp_path / "was-run")}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="holds more than tensors and plain values"):
+        TTameModel.from_backbone(folder)
+    assert not (tmp_path / "was-run").exists()
+
+
+def test_a_report_in_words_goes_with_its_figures_only(saved):
+    (saved / "report.md").write_text("# good")
+    assert "report.md" in {f.name for f in files_to_push(saved, "model")[1]}
+    (saved / "report.json").write_text("{}")
+    assert {"report.md", "report.json"} <= {f.name for f in files_to_push(saved, "model")[0]}
+
+
 @pytest.mark.parametrize("path", [f"{HOME}/x", "~/x", "C:\\x", "c:/x", "file:///x", "./x", "../x", "\\\\host\\x"])
 def test_local_paths(path):
     assert is_local_path(path)
@@ -244,6 +310,8 @@ def test_links_are_not_followed(saved, tmp_path):
         ("report.md", "of Smith_John.nii.gz, 3 mm", r"names picture files \('Smith_John.nii.gz'\)", False),
         ("report.json", {"pictures": {"x": "Smith.png"}}, "names picture files .*Smith.png", False),
         ("training.json", {"note": "'Smith.HEIC' cannot be read"}, "names picture files .*Smith.HEIC", False),
+        ("report.json", {"data": "data/patients/Smith test"}, "local path 'data/patients/Smith test'", True),
+        ("training.json", {"arguments": {"dataset": "data\\Smith"}}, "local path 'data.*Smith'", True),
         ("report.md", "on /Volumes/P/x", "local path '/Volumes/P'", True),
         *(
             (name, f"t=hf_{kind}_" + "aZ9" * 8, "holds an access token", True)
@@ -254,6 +322,7 @@ def test_links_are_not_followed(saved, tmp_path):
     ],
 )
 def test_what_must_not_be_published_is_refused(saved, file, content, message, with_examples):
+    (saved / "report.json").write_text("{}")  # report.md goes with it
     (saved / file).write_text(content if isinstance(content, str) else json.dumps(content))
     files = files_to_push(saved, "model")[0]
     with pytest.raises(ValueError, match=message):
@@ -362,6 +431,22 @@ def test_a_card_that_somebody_wrote_stays(saved):
     assert (saved / "README.md").read_text() == "# mine"
 
 
+def test_saving_writes_the_card(vit, tmp_path):
+    vit.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == render_card(tmp_path)
+    (tmp_path / "README.md").write_text("# mine")
+    vit.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "# mine"
+
+
+def test_a_card_that_cannot_be_written_does_not_cost_the_weights(saved, tmp_path):
+    (saved / "card.json").write_text(json.dumps({"unheard": "x"}))
+    model = TTameModel.from_pretrained(saved)
+    with pytest.warns(UserWarning, match="saved without a card: .*got 'unheard'"):
+        model.save_pretrained(tmp_path / "new")
+    assert torch.equal(TTameModel.from_pretrained(tmp_path / "new").head.fuser.weight, model.head.fuser.weight)
+
+
 def test_the_command_card(saved):
     done = CliRunner().invoke(app, ["card", str(saved), "--repo-id", "org/x"])
     assert done.exit_code == 0
@@ -395,20 +480,9 @@ def hub():
 
 @pytest.fixture(scope="module")
 def work(hub, vit_folder, tmp_path_factory) -> Path:
-    """A folder for the clients, and a Hub with two classifiers."""
+    """A folder for the clients, and a Hub with classifiers."""
     work = tmp_path_factory.mktemp("hub")
-    module = make_timm("test_resnet")
-    save_for_hf(module, work / "timm-repository", safe_serialization=True)
-    hub.put("org/tiny-vit", vit_folder)
-    hub.put("org/public", {"x.txt": b"x"})
-    hub.put("timm/tiny-resnet", work / "timm-repository")
-    TTameModel.from_backbone(vit_folder).save_pretrained(work / "ready")
-    hub.put("org/ready", work / "ready")
-    (work / "maps").mkdir()
-    pyarrow.parquet.write_table(pyarrow.table({"id": [1], "score": [0.5]}), work / "maps" / "maps-00000.parquet")
-    (work / "space").mkdir()
-    (work / "space" / "README.md").write_text("---\ntitle: x\nsdk: gradio\n---\nhi")
-    (work / "space" / "app.py").write_text("print()\n")
+    fill(hub, work, vit_folder)
     return work
 
 
@@ -422,7 +496,7 @@ def client(hub, work: Path, task: str, **extra: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def pushed(hub, work):
+def pushed(hub, work, training):
     return client(hub, work, "push")
 
 
@@ -536,6 +610,16 @@ def loaded(hub, work, pushed, vit_folder):
     torch.save({"x": torch.zeros(1)}, work / "pytorch_model.bin")
     pickled["pytorch_model.bin"] = (work / "pytorch_model.bin").read_bytes()
     hub.put("org/ttame-pickle", pickled)
+    named = json.dumps({**config, "transformers_weights": "adapter_model.bin"}).encode()
+    pickled |= {"config.json": named, "adapter_model.bin": pickled["pytorch_model.bin"]}
+    hub.put("org/ttame-named-pickle", {**pickled, "model.safetensors": explainer["model.safetensors"]})
+    ready = hub.files("org/ready")
+    whole = {k: v for k, v in ready.items() if k != "backbone/model.safetensors"}
+    evil = hub.files("org/evil-vit")["pytorch_model.bin"]
+    hub.put("org/ttame-included-pickle", {**whole, "backbone/pytorch_model.bin": evil})
+    index = {"weight_map": dict.fromkeys(load_file(vit_folder / "model.safetensors"), "../../evil.safetensors")}
+    whole["backbone/model.safetensors.index.json"] = json.dumps({**index, "metadata": {}}).encode()
+    hub.put("org/ttame-inside-out", {**whole, "evil.safetensors": ready["backbone/model.safetensors"]})
     backbone = {f.name: f.read_bytes() for f in vit_folder.iterdir()}
     remote = json.loads(backbone["config.json"])
     remote |= {
@@ -571,8 +655,12 @@ def test_maps_are_equal_to_the_bit_in_a_fresh_process(loaded):
 
 
 def test_ways_to_load(loaded):
-    for way in ("offline", "branch", "commit", "cache_dir"):
+    for way in ("offline", "offline mode", "branch", "commit", "cache_dir"):
         assert loaded[way] == "ok", way
+    assert (
+        loaded["offline mode, never seen"].startswith("ValueError: ")
+        or "OSError" in loaded["offline mode, never seen"]
+    )
     assert loaded["bfloat16"] == "torch.bfloat16"
     assert loaded["in cache_dir"] == ["models--org--ttame-timm", "models--timm--tiny-resnet"]
 
@@ -581,6 +669,8 @@ def test_the_pipeline_by_its_hub_id(loaded):
     assert loaded["pipeline"] == ["ImageExplanationPipeline", "torch.float32"]
     assert loaded["explained"] == [[90, 70], [90, 70]]
     assert "needs an explainer, got ViTModel" in loaded["no explainer"]
+    assert loaded["moved pipeline"] == ["cpu", "torch.bfloat16"]
+    assert loaded["moved map"] == "float32"
 
 
 @pytest.mark.parametrize(
@@ -591,8 +681,11 @@ def test_the_pipeline_by_its_hub_id(loaded):
         ("org/ttame-gated", "gated repo"),
         ("org/ttame-bare", "has no model.safetensors, and nothing else is opened"),
         ("org/ttame-pickle", "has no model.safetensors, and nothing else is opened"),
-        ("org/ttame-outside", "evil.safetensors|not"),
-        ("org/ttame-absolute", "evil.safetensors|not"),
+        ("org/ttame-named-pickle", "names a file of weights .*which could be a pickle"),
+        ("org/ttame-included-pickle", "backbone 'org/ttame-included-pickle' cannot be loaded.*safetensors"),
+        ("org/ttame-inside-out", r"evil\.safetensors': cannot contain a '\.\.'"),
+        ("org/ttame-outside", r"evil\.safetensors': cannot contain a '\.\.'"),
+        ("org/ttame-absolute", r"evil\.safetensors': cannot be an absolute"),
         ("remote backbone", "trust_remote_code"),
         ("path backbone", "Repo id must|'/etc/x'"),
     ],
@@ -605,7 +698,9 @@ def test_what_cannot_or_must_not_be_loaded(loaded, what, message):
 def test_nothing_foreign_ran_or_left_the_cache(loaded, work):
     assert loaded["outside"] == []
     assert not (work / "evil-was-run").exists()
-    assert not [path for path in work.rglob("evil*") if "models--org--strange" not in str(path)]
+    cached = [path.relative_to(work).as_posix() for path in work.rglob("evil*")]
+    assert [path for path in cached if "/snapshots/" not in path] == []
+    assert [path for path in cached if "models--org--strange" not in path and "inside-out" not in path] == []
 
 
 def test_code_of_cards_runs_as_printed(loaded):
@@ -619,8 +714,39 @@ def test_without_the_import(pushed):
     """`trust_remote_code=True` finds the installed package; without it nothing runs and nothing loads."""
     assert "trust_remote_code=True" in pushed["not asked"]
     assert not pushed["imported"]
+    assert pushed["processor, not imported"].startswith("ViTImageProcessor")
+    assert pushed["remote config"] == "hf_ttame.configuration_ttame"
+    assert pushed["remote classifier"]
     assert pushed["remote"] == ["hf_ttame.modeling_ttame", True]
     assert pushed["same class"]
+
+
+def test_report_and_training_record_are_published_again(hub, pushed):
+    files = hub.files("org/measured-again")
+    assert {"report.json", "training.json", "card.json"} <= set(files)
+    card = files["README.md"].decode()
+    assert "20.2 / not measured" in card
+    assert "steps 77" in card
+    assert "license: mit" in card
+    assert len(hub.repository("org/measured-again").messages) == 2  # with the weights, in one commit
+    other = hub.files("org/measured-other")  # trained on: no longer the head that was measured
+    assert not {"report.json", "training.json", "card.json"} & set(other)
+    assert "20.2" not in other["README.md"].decode()
+
+
+def test_a_pickled_backbone_is_published_as_safetensors(hub, work, pushed):
+    assert "are a pickle" in pushed["pickled"][0]
+    files = hub.files("org/ttame-of-pickled")
+    assert "backbone/model.safetensors" in files
+    assert not [name for name in files if name.endswith(".bin")]
+    assert json.loads(files["config.json"])["backbone_included"]
+    assert "holds more than tensors and plain values, and are not opened" in pushed["evil pickle"]
+    assert not (work / "evil-pickle-was-run").exists()
+
+
+def test_no_token_is_named_in_an_error(pushed):
+    assert pushed["token with a line's end"] == ["ok", "ok", "ok"]
+    assert all("token holds characters that no access token has" in text for text in pushed["token with a letter"])
 
 
 def test_an_included_backbone_can_be_named_later(hub, pushed):
@@ -653,25 +779,38 @@ def test_faults_end_in_success_or_a_clear_error(fault_table):
     assert outcomes[("push", "500 x 1")] == "ok"
     assert "was not pushed" in outcomes[("push", "400 x 9")]
     damaged = [row[4] for row in fault_table if row[1].startswith("checksum")]
-    assert len(damaged) == 4
+    assert len(damaged) == 5
     assert all("was damaged on its way" in text for text in damaged)
 
 
-def test_training_streams_its_pictures_from_the_hub(hub, work, photo):
+@pytest.fixture(scope="module")
+def training(hub, work, photo):
+    """A training that streams from the Hub, running while the other clients do; (process, fault, its output)."""
     pictures = datasets.Dataset.from_dict({"image": [photo(80, 70, seed) for seed in range(12)]})
     pictures.cast_column("image", datasets.Image()).to_parquet(str(work / "train.parquet"))
     hub.put("org/pictures", {"data/train-00000-of-00001.parquet": (work / "train.parquet").read_bytes()}, "datasets")
-    hub.reset()
     fault = hub.fault("500", r"GET /datasets/org/pictures/resolve/.*parquet")
     command = [sys.executable, str(ROOT / "training" / "train.py"), "--backbone", "org/tiny-vit"]
     command += ["--dataset", "org/pictures", "--output", str(work / "run"), "--steps", "2", "--batch_size", "4"]
     environment = hub.environment(work / "home-train", PYTHONPATH=str(ROOT), ACCELERATE_USE_CPU="true")
-    done = subprocess.run(
-        [*command, "--workers", "0"], env=environment, capture_output=True, text=True, timeout=240, cwd=work
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    log = work / "training.log"
+    with (
+        open(log, "w") as output,
+        subprocess.Popen(
+            [*command, "--workers", "0"], env=environment, stdout=output, stderr=output, cwd=work
+        ) as process,
+    ):
+        yield process, fault, log
+        process.kill()
+
+
+def test_training_streams_its_pictures_from_the_hub(hub, work, training):
+    process, fault, log = training
+    assert process.wait(240) == 0, log.read_text()[-4000:]
     assert fault.hits == 1
     record = json.loads((work / "run" / "explainer" / "training.json").read_text())
+    assert record["head_fingerprint"] == fingerprint_of_folder(work / "run" / "explainer")
+    assert "steps 2" in (work / "run" / "explainer" / "README.md").read_text()
     given = record["arguments"]
     assert (given["dataset"], given["backbone"], record["steps"]) == ("org/pictures", "org/tiny-vit", 2)
     config = json.loads((work / "run" / "explainer" / "config.json").read_text())

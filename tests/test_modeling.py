@@ -464,6 +464,7 @@ def test_overwriting_is_complete(fresh, tmp_path):
     assert same_state(fresh, TTameModel.from_pretrained(folder))
     assert [p.name for p in tmp_path.iterdir()] == ["saved"]
     assert sorted(snapshot(folder)) == [
+        "README.md",
         "backbone/config.json",
         "backbone/model.safetensors",
         "backbone/preprocessor_config.json",

@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 from transformers import ViTForImageClassification, pipeline
 
 from hf_ttame import TTameModel
+from hf_ttame.pictures import decode
 from hf_ttame.pipeline import ImageExplanationPipeline, open_picture
 
 
@@ -155,9 +156,49 @@ def test_decompression_bombs_are_refused_wherever_a_picture_comes_in(explain, ex
         lambda: explain({"bytes": bomb()}),
         lambda: list(explain(rows)),
         lambda: explainer.explain(tmp_path / "bomb.png"),
+        lambda: decode(bomb()),
+        lambda: decode(str(tmp_path / "bomb.png"), side=256),
     ):
         with pytest.raises(ValueError, match=r"30000 x 30000 pixels|cannot be read|no readable picture"):
             attempt()
+
+
+def test_no_way_in_decodes_what_is_over_the_limit(explain, explainer, pictures, tmp_path, monkeypatch):
+    """Pillow's own limit lies higher than ours: every way must ask ours, before a pixel is decoded."""
+    monkeypatch.setattr("hf_ttame.image_processing.MAX_PIXELS", 90 * 70 - 1)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("a picture was decoded"))
+    for kind in ("png", "jpg", "webp", "gif", "bmp", "tiff"):
+        path = tmp_path / f"a.{kind}"
+        pictures[0].save(path)
+        content = path.read_bytes()
+        row = {"image": {"bytes": content, "path": None}}
+        rows = datasets.Dataset.from_list([row]).cast_column("image", datasets.Image())
+        for attempt in (
+            lambda: explain(str(path)),  # noqa: B023
+            lambda: explain(content),  # noqa: B023
+            lambda: explain([Image.open(path)]),  # noqa: B023
+            lambda: list(explain(rows)),  # noqa: B023
+            lambda: list(explain(rows.to_iterable_dataset())),  # noqa: B023
+            lambda: explainer.explain(path),  # noqa: B023
+            lambda: decode(row["image"]),  # noqa: B023
+            lambda: decode(str(path), side=8),  # noqa: B023
+        ):
+            with pytest.raises(ValueError, match="has 90 x 70 pixels"):
+                attempt()
+    for source in (pictures[0].copy(), np.zeros((70, 90, 3), np.uint8), np.zeros((70, 90), np.float32)):
+        with pytest.raises(ValueError, match="has 90 x 70 pixels"):
+            explain(source)
+
+
+def test_no_picture_starts_a_program(explain, pictures, tmp_path, monkeypatch):
+    pictures[0].save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.png")  # the content decides, not the name
+    monkeypatch.setattr("subprocess.check_call", lambda *args, **kwargs: pytest.fail("a program was started"))
+    for source in (tmp_path / "a.png", (tmp_path / "a.png").read_bytes()):
+        with pytest.raises(ValueError, match="of the format EPS, which is drawn by running another program"):
+            explain(source)
+    with pytest.raises(ValueError, match="of the format EPS"):
+        decode((tmp_path / "a.png").read_bytes())
 
 
 def test_wrong_use(explain, pictures, hf_vit):

@@ -14,6 +14,8 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError
 
+from hf_ttame.cards import is_ours, write_card
+from hf_ttame.records import TRAINING, fingerprint_of_folder
 from hf_ttame.visualization import plot_curves
 
 _SMOOTH = 200  # points of a curve; the log holds every step
@@ -33,11 +35,19 @@ def write(path: Path, content: str | Image.Image) -> None:
         part.unlink(missing_ok=True)
 
 
-def attempt(what: str, action: Callable[[], None]) -> bool:
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """The training record of the explainer that was saved in `folder`, naming its head; and the card that shows it."""
+    named = {**record, "head_fingerprint": fingerprint_of_folder(folder)}
+    write(folder / TRAINING, json.dumps(named, indent=2) + "\n")
+    if is_ours(folder / "README.md"):
+        attempt("README.md", lambda: write_card(folder))
+
+
+def attempt(what: str, action: Callable[[], Any]) -> bool:
     """Write something that the run can do without; whether it worked. A full disk is no reason to stop training."""
     try:
         action()
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         print(f"warning: {what} could not be written: {error}", file=sys.stderr)
         return False
     return True

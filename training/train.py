@@ -56,7 +56,19 @@ if not __package__:  # launched as a script, in a checkout or as hf_ttame/traini
 from .arguments import Arguments, check
 from .checkpoints import check_same, checkpoints, first_problem, load_checkpoint, save_checkpoint
 from .data import normaliser
-from .report import Log, add_samples, append, attempt, coverage, draw_curves, machine, time_left, write, write_values
+from .report import (
+    Log,
+    add_samples,
+    append,
+    attempt,
+    coverage,
+    draw_curves,
+    machine,
+    time_left,
+    write,
+    write_record,
+    write_values,
+)
 from .stream import TrainingStream, make_loader
 from .validation import HeldOut, collapse, draw_samples, intervals, summary, validate
 
@@ -520,19 +532,22 @@ def main(argv: list[str] | None = None) -> int:
                 "best": progress["best"],
                 "last_95": progress["last_95"],
             }
-            for name in ("backbone", "dataset", "validation"):
-                if report["arguments"][name] and os.path.exists(report["arguments"][name]):
-                    report["arguments"][name] = Path(report["arguments"][name]).name  # nobody else's business
+            given = report["arguments"]
+            local = [n for n in ("backbone", "dataset", "validation") if given[n] and os.path.exists(given[n])]
+            for name in local:
+                given[name] = Path(given[name]).name  # nobody else's business
             draw_curves(output, progress["validations"])
             write(output / "report.json", json.dumps(report, indent=2) + "\n")
-            # The explainer may be published; the names of somebody's files stay here.
-            text = json.dumps({**report, "unreadable": {"count": len(unreadable)}}, indent=2) + "\n"
+            # The explainers may be published; the names of somebody's files and folders stay here.
+            record = {**report, "arguments": dict(report["arguments"]), "unreadable": {"count": len(unreadable)}}
+            for name in local:
+                record["arguments"][name] = "a local folder"
             model.save_pretrained(output / "explainer")
             if progress["best"] is not None:
                 model.head.load_state_dict(load_file(output / "best.safetensors"))
                 model.save_pretrained(output / "best")
-                write(output / "best" / "training.json", text)
-            write(output / "explainer" / "training.json", text)
+                write_record(output / "best", record)
+            write_record(output / "explainer", record)
             found = report["coverage"]
             print(f"explained {found['explained']} of {found['classes']} classes; the other rows are untrained")
             if unreadable:
