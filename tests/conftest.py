@@ -206,6 +206,15 @@ def ttame(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., CompletedPr
     logging.enable_progress_bar()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps its first settings for the whole process: each file of tests may choose its own."""
+    yield
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.GradientState._reset_state()
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--shard", default="0/1", help="of the sweep: this part / number of parts")
     parser.addoption("--report", default=None, help="of the sweep: file to which a line per architecture is added")
