@@ -94,11 +94,12 @@ def load_backbone(
         check_spatial(config)
         if getattr(config, "model_args", None):
             config.model_args.pop("num_classes", None)  # repeated by some timm repositories
-        model, info = patiently(
-            lambda: AutoModelForImageClassification.from_pretrained(
-                name, config=config, dtype=dtype, output_loading_info=True, **safetensors, **attention, **where
+        with without_conversion():
+            model, info = patiently(
+                lambda: AutoModelForImageClassification.from_pretrained(
+                    name, config=config, dtype=dtype, output_loading_info=True, **safetensors, **attention, **where
+                )
             )
-        )
         if not local:
             check_download(name, revision, hub_kwargs.get("cache_dir"))
     except pickle.UnpicklingError as error:

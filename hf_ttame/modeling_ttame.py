@@ -484,7 +484,7 @@ class TTameModel(PreTrainedModel):
         """Write the explainer; the files appear under their names only when they are complete.
 
         The report, the training record and card.json that lay beside the head when it was loaded are written too, as
-        long as it is still the same head.
+        long as head, backbone and the config's settings of the maps are still the same.
 
         Args:
             save_directory: created where it does not exist.
@@ -527,7 +527,7 @@ class TTameModel(PreTrainedModel):
                 backbone.save_pretrained(Path(part, "backbone"))
                 self.image_processor.save_pretrained(Path(part, "backbone"))
             clean_configs(Path(part))
-            for name, record in self._records.of(head, kwargs.get("token")):
+            for name, record in self._records.of(head, self.config, kwargs.get("token")):
                 Path(part, name).write_text(json.dumps(record, indent=2) + "\n")
             if is_ours(target / "README.md"):
                 try:
@@ -574,6 +574,9 @@ class TTameModel(PreTrainedModel):
             ValueError: no backbone is at hand, or one that the head cannot belong to.
         """
         source = os.fspath(pretrained_model_name_or_path)
+        if "torch_dtype" in kwargs:  # its name in older versions of transformers
+            former = kwargs.pop("torch_dtype")
+            kwargs["dtype"] = kwargs.get("dtype") or former
         if kwargs.get("dtype") in (None, "auto"):
             kwargs["dtype"] = torch.float32  # a head stored in float16 computes in float32
         kwargs["use_safetensors"] = (
@@ -617,6 +620,13 @@ class TTameModel(PreTrainedModel):
         if missing := [key for key in info["missing_keys"] if key.startswith("head.")]:
             raise ValueError(f"{source!r} lacks the head's weights {sorted(missing)[:4]}; download or copy it again")
         check_finite(model.head)
+        self_named = getattr(model.config, "head_fingerprint", None)
+        exact = model.head.fuser.weight.dtype in (torch.float32, torch.float16)  # bfloat16 rounds the values
+        if self_named and exact and self_named != (actual := head_fingerprint(model.head.state_dict())):
+            raise ValueError(
+                f"the head's weights in {source!r} (fingerprint {actual}) are not those that its config.json belongs "
+                f"to ({str(self_named)[:32]}): a save or a copy was cut short; save or copy the whole folder again"
+            )
         beside = {
             "revision": getattr(model.config, "_commit_hash", None) or kwargs.get("revision"),
             "cache_dir": kwargs.get("cache_dir"),
@@ -672,6 +682,8 @@ class TTameModel(PreTrainedModel):
                 "pass from_pretrained(..., backbone=FOLDER_OR_MODULE), or --backbone FOLDER"
             )
         self._check_backbone(found, strict)
+        if config.backbone_fingerprint != fingerprint(found.model):
+            self._records = Records("")  # measured and trained with another backbone
         if backbone is not None:
             self._record_backbone(found)
         if not isinstance(backbone, nn.Module):

@@ -1,7 +1,8 @@
 """The report, the training record and the card's facts that lie beside a head, and whether they are about that head.
 
 A record names its head by `head_fingerprint`. One that names another head, or none, is never shown or published: the
-figures of one head beside the weights of another would be a lie that nobody notices.
+figures of one head beside the weights of another would be a lie that nobody notices. The same holds for another
+backbone and for other settings that make the maps.
 """
 
 import hashlib
@@ -17,10 +18,16 @@ import torch
 from huggingface_hub.errors import RemoteEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
+from .configuration_ttame import TTameConfig
 from .saving import HUB_ERRORS, patiently, without_tokens
 
 REPORT, TRAINING, CARD = "report.json", "training.json", "card.json"
 _UNREADABLE: tuple[type[Exception], ...] = (*HUB_ERRORS, ValueError)
+_MAP_FACTS = (  # of the config: with another value the same head gives other maps
+    *("backbone_fingerprint", "feature_layers", "image_size", "pixel_scale", "pixel_shift", "processor_backend"),
+    *("map_size", "skip_connection", "batch_norm", "branch_activation", "last_layer_relu", "class_token"),
+    *("classifier_outputs", "map_scaling"),
+)
 _MAX_BYTES = 32 << 20  # a larger record of a repository is not read
 
 
@@ -56,8 +63,20 @@ def fingerprint_of_folder(folder: Path) -> str | None:
     return config.get("head_fingerprint") if isinstance(config, dict) else None
 
 
-def check_head(name: str, record: Any, head: str | None) -> None:
-    """Raise ValueError where the record `name` is not about the head with this fingerprint."""
+def map_facts(config: TTameConfig) -> str:
+    """The values of a config that make the maps, in a form that can be compared."""
+    return json.dumps({name: getattr(config, name) for name in _MAP_FACTS})
+
+
+def check_head(name: str, record: Any, head: str | None, config: Any = None) -> None:
+    """Raise ValueError where the record `name` is not about the head with this fingerprint.
+
+    Args:
+        name: the record's file name.
+        record: its content.
+        head: the head's fingerprint.
+        config: content of the explainer's config.json; a backbone and a map scaling that the record names must be its.
+    """
     named = record.get("head_fingerprint") if isinstance(record, dict) else None
     remedy = {REPORT: "measure this one with `ttame evaluate` or `ttame compare`"}.get(name, "save it with its run")
     if named is None:
@@ -69,6 +88,15 @@ def check_head(name: str, record: Any, head: str | None) -> None:
             f"{name} is about another head (fingerprint {str(named)[:32]!r}, the one here has {head!r}); {remedy}, or "
             "remove the file"
         )
+    settings = record.get("settings")
+    for key in ("backbone_fingerprint", *(("map_scaling",) if name != TRAINING else ())):
+        values = [facts.get(key) if isinstance(facts, dict) else None for facts in (record, settings)]
+        measured, here = next((value for value in values if value is not None), None), (config or {}).get(key)
+        if None not in (measured, here) and measured != here:
+            raise ValueError(
+                f"{name} is about maps with {key} {str(measured)[:48]!r}, the config here says {str(here)[:48]!r}; "
+                f"{remedy}, or remove the file"
+            )
 
 
 def check_folder(folder: Path) -> None:
@@ -77,7 +105,7 @@ def check_folder(folder: Path) -> None:
     for name in sorted({report_name(folder), REPORT, TRAINING}):
         if (record := read_json(folder / name)) is not None:
             head = head or fingerprint_of_folder(folder)
-            check_head(name, record, head)
+            check_head(name, record, head, read_json(folder / "config.json"))
 
 
 def report_name(folder: Path) -> str:
@@ -109,30 +137,33 @@ class Records:
 
     Args:
         head: the head's fingerprint.
+        maps: the stored config's `map_facts`; None where they cannot be read.
         found: the records by file name, of a folder.
         where: repo_id, revision and cache_dir, of a Hub id. No token is kept: models get pickled.
     """
 
     head: str
+    maps: str | None = None
     found: tuple[tuple[str, Any], ...] = ()
     where: tuple[tuple[str, Any], ...] = ()
 
     @classmethod
     def beside(cls, source: str, weights: Mapping[str, torch.Tensor], **where: Any) -> "Records":
         """Those of the explainer that was loaded from `source`, a folder or a Hub id."""
+        head, maps = head_fingerprint(weights), _stored_map_facts(source, **where)
         if not Path(source).is_dir():
-            return cls(head_fingerprint(weights), where=(("repo_id", source), *where.items()))
+            return cls(head, maps, where=(("repo_id", source), *where.items()))
         found: dict[str, Any] = {}
         for name in (REPORT, TRAINING, CARD):
             try:
                 found[name] = read_json(Path(source, report_name(Path(source)) if name == REPORT else name))
             except ValueError:  # not worth the explainer; the card's and the push's own reading says what is wrong
                 continue
-        return cls(head_fingerprint(weights), tuple(found.items()))
+        return cls(head, maps, tuple(found.items()))
 
-    def of(self, head: str, token: Any = None) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The records, by file name, that are about the head with this fingerprint."""
-        if head != self.head:
+    def of(self, head: str, config: TTameConfig, token: Any = None) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The records, by file name, that are about the head with this fingerprint and the maps of this config."""
+        if head != self.head or map_facts(config) != self.maps:
             return
         for name, record in (dict(self.found) or self._fetched(token)).items():
             if not isinstance(record, dict):
@@ -159,3 +190,15 @@ class Records:
                 )
                 break
         return found
+
+
+def _stored_map_facts(source: str, cache_dir: Any = None, revision: str | None = None) -> str | None:
+    """`map_facts` of the config as it lies in a folder or the cache: the one in memory may have been overridden."""
+    file: Any = Path(source, "config.json")
+    if not Path(source).is_dir():
+        file = huggingface_hub.try_to_load_from_cache(source, "config.json", cache_dir=cache_dir, revision=revision)
+    try:
+        facts = read_json(Path(file)) if isinstance(file, (str, Path)) else None
+        return map_facts(TTameConfig.from_dict(facts)) if isinstance(facts, dict) else None
+    except ValueError:
+        return None

@@ -7,7 +7,8 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ _REMOTE_CODE = "from hf_ttame import TTameConfig, TTameModel  # pip install hf-t
 _AUTO_MAP = {"AutoConfig": "TTameConfig", "AutoModel": "TTameModel", "AutoModelForImageClassification": "TTameModel"}
 # What the Hub's client raises; its HTTP library, whose errors it lets through, is not the same in all its versions.
 HUB_ERRORS: tuple[type[Exception], ...] = (HfHubHTTPError, *HfHubHTTPError.__bases__, OSError, RuntimeError)
+_CONVERSION = "DISABLE_SAFETENSORS_CONVERSION"
 _ALIGNMENT = 64  # bytes, of torch's own CPU memory
 _TRIES, _WAIT, _LONGEST_WAIT = 4, 0.5, 60.0  # seconds; the wait is doubled after every try
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
@@ -200,6 +202,20 @@ def fetch_weights(repo_id: str, **where: Any) -> None:
     raise FileNotFoundError("it has no model.safetensors, and nothing else is opened; publish it with `ttame push`")
 
 
+@contextmanager
+def without_conversion() -> Iterator[None]:
+    """Keep transformers from posting the name of a repository of pickles, and the token, to a conversion service."""
+    before = os.environ.get(_CONVERSION)
+    os.environ[_CONVERSION] = "1"  # read at every load
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(_CONVERSION, None)
+        else:
+            os.environ[_CONVERSION] = before
+
+
 def is_pickled(repo_id: str, revision: str | None, cache_dir: Any = None) -> bool:
     """Whether what lies in the cache of a repository that was just loaded has no safetensors."""
     cached = huggingface_hub.try_to_load_from_cache(repo_id, "config.json", cache_dir=cache_dir, revision=revision)
@@ -268,20 +284,19 @@ def lock_settings(folder: Path, record: dict[str, Any], main: bool) -> None:
 
 
 def move_into(part: Path, target: Path) -> None:
-    """Move complete files from `part` into `target`, the config last: without it nothing loads."""
+    """Move complete files from `part` into `target`: an earlier config goes first, the new one comes last.
+
+    Without a config nothing loads, so a run that is killed on the way never leaves one beside another's weights.
+    """
     had_backbone = False
     if (target / "config.json").is_file():
         earlier = json.loads((target / "config.json").read_text())
         had_backbone = earlier.get("model_type") == "ttame" and bool(earlier.get("backbone_included"))
-    files = sorted((p for p in part.rglob("*") if p.is_file()), key=lambda p: p.name == "config.json")
+    files = [file for file in part.rglob("*") if file.is_file()]
     target.mkdir(exist_ok=True)
+    (target / "config.json").unlink(missing_ok=True)
     umask = os.umask(0)
     os.umask(umask)
-    for file in files:
-        file.chmod(0o666 & ~umask)  # safetensors writes files that only their owner can read
-        final = target / file.relative_to(part)
-        final.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(file, final)
     # Weights of an earlier save under other names (more shards, an included backbone) would be loaded instead.
     written = {target / file.relative_to(part) for file in files}
     # Only what an explainer's own save wrote is removed: the folder may hold other things.
@@ -290,3 +305,8 @@ def move_into(part: Path, target: Path) -> None:
             stale.unlink()
     if had_backbone and not (part / "backbone").is_dir():
         shutil.rmtree(target / "backbone", ignore_errors=True)
+    for file in sorted(files, key=lambda file: file == part / "config.json"):
+        file.chmod(0o666 & ~umask)  # safetensors writes files that only their owner can read
+        final = target / file.relative_to(part)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(file, final)

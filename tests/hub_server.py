@@ -106,7 +106,7 @@ class Hub:
 
     def environment(self, home: Path, **extra: str) -> dict[str, str]:
         """The environment of a client: this Hub alone, an empty cache, no network beside loopback."""
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING", "DISABLE_SAFE"))}
         return {
             **kept,
             "HF_ENDPOINT": self.url,
@@ -115,7 +115,6 @@ class Hub:
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "HF_TOKEN": TOKEN,
-            "DISABLE_SAFETENSORS_CONVERSION": "1",  # transformers would ask a service to convert pickles
             "OMP_NUM_THREADS": "1",
             "NO_PROXY": "*",
             **extra,
