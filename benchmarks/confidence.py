@@ -137,6 +137,7 @@ def main() -> None:
     report: dict[str, Any] = {
         "images": len(p),
         "head_fingerprint": head_fingerprint(model.head.state_dict()),
+        "backbone_fingerprint": model.config.backbone_fingerprint,
         "dataset": f"{Path(arguments.dataset).name} {arguments.split} {arguments.where_label or ''}".strip(),
         "map_scaling": model.config.map_scaling,
         "methods": {

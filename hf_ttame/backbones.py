@@ -14,7 +14,15 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 from .image_processing import measure_normalisation, processor_from_timm
-from .saving import DamagedDownload, check_download, checked_token, is_pickled, patiently, resolve_commit
+from .saving import (
+    DamagedDownload,
+    check_download,
+    checked_token,
+    is_pickled,
+    patiently,
+    resolve_commit,
+    without_conversion,
+)
 
 # Image classifiers of transformers that cannot be explained by a map, by model type.
 _WITHOUT_MAPS = {

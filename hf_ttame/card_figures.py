@@ -7,15 +7,23 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from .card_text import NOT_MEASURED, NOT_RECORDED, escape, number, plain, without_secrets
+from .card_text import NOT_MEASURED, NOT_RECORDED, escape, number, plain, visible, without_secrets
 from .saving import is_hub_id
 
+_GROUPS = {  # what can be measured: how the names of its measures begin
+    "average drop and increase in confidence": ("AD ", "IC "),
+    "ROAD": ("ROAD ",),
+    "insertion and deletion": ("insertion ", "deletion "),
+    "pointing game": ("pointing game",),
+    "grid pointing": ("grid pointing",),
+}
 _MASKS = ("soft 100", "soft 50", "soft 15", "binary 50", "binary 15")
 
 
-def normalised(report: Any, measured_on: str | None = None) -> dict[str, Any] | None:
+def normalised(report: Any, measured_on: str | None = None, map_scaling: str | None = None) -> dict[str, Any] | None:
     """The two forms of report as one; its data in words, as a Hub id, or as "a local folder".
 
+    `map_scaling` is the config's, for a report that does not name its own.
     `methods` is {method: {measure: value}}, or {method: {"measures": {measure: {"mean", "low", "high"}}, and the
     cost}}; `difference_to_ttame_95` is {method: {measure: [low, high]}}, `differences` {method: {measure: {"low",
     "high"}}}.
@@ -36,7 +44,7 @@ def normalised(report: Any, measured_on: str | None = None) -> dict[str, Any] | 
     return {
         "images": report.get("images"),
         "dataset": measured_on or shown,
-        "map_scaling": report.get("map_scaling"),
+        "map_scaling": report.get("map_scaling") or map_scaling,
         "methods": methods,
         "intervals": intervals,
         "differences": differences,
@@ -73,8 +81,7 @@ def _own_method(report: Mapping[str, Any]) -> str | None:
 
 def figures(own: Mapping[str, Any], report: Any) -> str:
     if not report or not report["methods"]:
-        names = "average drop and increase in confidence, ROAD, insertion and deletion, pointing game, latency"
-        return f"{names[0].upper()}{names[1:]}: **{NOT_MEASURED}**."
+        return _not_measured([*_GROUPS, "latency", "sanity checks"])
     lines = [
         f"{_count(report['images'])} photographs of {escape(report['dataset'])}, the predicted "
         "class. Average drop / increase in confidence in percent (lower / higher is better) when only the top 100, 50 "
@@ -134,13 +141,33 @@ def figures(own: Mapping[str, Any], report: Any) -> str:
             passed = "passed" if check.get("passed") is True else "**not passed**"
             must, value = escape(check.get("must", NOT_RECORDED)), escape(check.get("value", NOT_MEASURED))
             lines.append(f"- {escape(name)}: {value}, must be {must}: {passed}")
+    if missing := _missing(report):
+        lines += ["", _not_measured(missing)]
     if "measured_with" in own:
         lines += ["", "Measured with:", "", *_indented(own["measured_with"])]
     return "\n".join(lines)
 
 
+def _missing(report: Mapping[str, Any]) -> list[str]:
+    """The groups of measures of which the report has no number, of any method."""
+    measured = {
+        name
+        for values in report["methods"].values()
+        for name, value in values.items()
+        if number(value) != NOT_MEASURED
+    }
+    missing = [group for group, starts in _GROUPS.items() if not any(name.startswith(starts) for name in measured)]
+    latency = any(number(entry.get("ms_per_map")) != NOT_MEASURED for entry in report["cost"].values())
+    return missing + ([] if latency else ["latency"]) + ([] if report["sanity"] else ["sanity checks"])
+
+
+def _not_measured(groups: list[str]) -> str:
+    names = ", ".join(groups)
+    return f"{names[0].upper()}{names[1:]}: **{NOT_MEASURED}**."
+
+
 def _indented(text: str) -> list[str]:
-    return [f"    {without_secrets(line)}" for line in text.splitlines()]
+    return [f"    {without_secrets(visible(line))}" for line in text.splitlines()]
 
 
 def _count(value: Any) -> str:

@@ -25,8 +25,12 @@ def code(value: Any) -> str:
 
 def plain(value: Any) -> str:
     """One line of what can be seen: no control or direction characters, no access token, no local path."""
-    text = " ".join(str(value).split())
-    return without_secrets("".join(c for c in text if c.isprintable()))
+    return without_secrets(visible(" ".join(str(value).split())))
+
+
+def visible(line: str) -> str:
+    """The line without control and direction characters; a tab is four spaces."""
+    return "".join(c for c in line.replace("\t", "    ") if c.isprintable())
 
 
 def without_secrets(text: str) -> str:

@@ -19,7 +19,7 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.utils import validate_repo_id
 
 from .card_figures import figures, normalised, results
-from .card_text import NOT_MEASURED, NOT_RECORDED, code, escape, number, plain, without_secrets
+from .card_text import NOT_MEASURED, NOT_RECORDED, code, escape, number, plain, visible, without_secrets
 from .configuration_ttame import TTameConfig
 from .head import TTameHead
 from .records import CARD, TRAINING, check_folder, read_json, report_name
@@ -32,7 +32,7 @@ import hf_ttame  # pip install hf-ttame
 from transformers import AutoModel
 
 {load}
-for explanation in model.explain("photo.jpg", top_k=3):
+for explanation in model.explain("photo.jpg", top_k={top_k}):
     print(f"{{explanation.score:.1%}} {{explanation.label}}")
     explanation.save(f"photo_{{explanation.class_id}}.png")
 ```"""
@@ -89,7 +89,8 @@ def card_fields(folder: str | os.PathLike, repo_id: str | None = None) -> dict[s
     check_folder(folder)  # figures of another head are not this one's
     report, training = read_json(folder / report_name(folder)), read_json(folder / TRAINING)
     try:
-        return _fields(folder, config, own, normalised(report, own.get("measured_on")), _flat(training), repo_id)
+        measured = normalised(report, own.get("measured_on"), config.map_scaling)
+        return _fields(folder, config, own, measured, _flat(training), repo_id)
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(
             f"a record in {str(folder)!r} does not have the form that `ttame compare` or the training writes: {error}"
@@ -111,7 +112,7 @@ def _fields(
         "facts": "\n".join(f"| {key} | {value} |" for key, value in _facts(folder, config).items()),
         "usage": _usage(config, own, repo_id),
         "figures": figures(own, report),
-        "pictures": _pictures(own),
+        "pictures": _pictures(own, published=repo_id is not None),
         "training": _training(own, training),
         "limits": "\n".join(f"- {limit}" for limit in _limits(config, own, report)),
         "licences": _licences(config, own),
@@ -243,21 +244,24 @@ def _usage(config: TTameConfig, own: Mapping[str, Any], repo_id: str | None) -> 
     name = json.dumps(repo_id or "path/to/this/folder")
     if repo_id is None and own.get("explainer_python", "").isidentifier():
         name = own["explainer_python"]
+    top_k = min(3, config.num_labels)
     if config.backbone is not None or config.backbone_included:
         load = f"model = AutoModel.from_pretrained({name})"
-        return _CODE.format(load=load) + "\n\n" + _PIPELINE.format(name=name)
+        return _CODE.format(load=load, top_k=top_k) + "\n\n" + _PIPELINE.format(name=name)
     lines = own.get("classifier_python") or ['backbone = "path/to/the/classifier"']
     # They stay inside their block.
-    lines = [without_secrets(" ".join(str(line).replace("`", "").splitlines())) for line in lines]
+    lines = [without_secrets(visible(" ".join(str(line).replace("`", "").splitlines()))) for line in lines]
     load = "\n".join([*lines, f"model = AutoModel.from_pretrained({name}, backbone=backbone)"])
-    return _CODE.format(load=load)
+    return _CODE.format(load=load, top_k=top_k)
 
 
-def _pictures(own: Mapping[str, Any]) -> str:
+def _pictures(own: Mapping[str, Any], published: bool) -> str:
+    """The pictures of card.json; those outside the folder only where the card stays beside them."""
     shown = [
         f"![{escape(picture.get('caption', ''))}]({picture['path']})\n\n{escape(picture.get('caption', ''))}"
         for picture in own.get("pictures", [])
         if re.fullmatch(r"(https://|(\.\./)*)\w[\w./-]*", str(picture.get("path", "")))
+        and not (published and ".." in picture["path"].split("/"))
     ]
     return "\n\n".join(shown) or "None are part of this repository."
 

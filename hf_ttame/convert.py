@@ -7,6 +7,7 @@ real checkpoint was at hand. Nothing is unpickled beyond tensors and plain value
 import os
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,11 +18,13 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
-from .cards import write_card
+from .cards import is_ours, write_card
 from .modeling_ttame import TTameModel
 
 LICENCE = "academic-non-commercial"
 _HEAD = re.compile(r"generic\.attn_mech\.(?:1\.)?((?:convs|bns|fuser)\..+)")
+_PAPERS_ATTENTION = "TAttentionV1"
+_PAPERS = (True, "relu", "drop")  # skip_connection, branch_activation, class_token
 _BODIES = ("generic.body.", "generic.arrangement.body.")
 
 
@@ -100,6 +103,7 @@ def convert_reference_checkpoint(
         )
     if "fuser.weight" not in head:
         raise ValueError(f"the head in {str(path)!r} lacks fuser.weight; it is not a whole checkpoint")
+    _check_version(settings.get("attention_version"), skip_connection, branch_activation, class_token)
     body = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
     name, architecture = _find_architecture(body, settings)
     layers = _layer_names(settings.get("layers"), architecture)
@@ -160,7 +164,8 @@ def convert_to_folder(path: str | os.PathLike, output: str | os.PathLike, **abla
     """Convert a checkpoint, save it with its backbone (and its licence in the card) into `output`."""
     model = convert_reference_checkpoint(path, **ablations)
     model.save_pretrained(output)
-    write_card(output)
+    if is_ours(Path(output, "README.md")):
+        write_card(output)
     return model
 
 
@@ -180,6 +185,18 @@ def _load(path: Path) -> dict[str, Any]:
     if not isinstance(state, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise ValueError(f"{str(path)!r} has no state_dict of tensors; give the authors' .ckpt")
     return dict(checkpoint)
+
+
+def _check_version(version: Any, skip_connection: bool, branch_activation: str, class_token: str) -> None:
+    """Warn where the file names an attention other than the paper's, and no ablation was asked for."""
+    if version in (None, _PAPERS_ATTENTION) or (skip_connection, branch_activation, class_token) != _PAPERS:
+        return
+    warnings.warn(
+        f"the checkpoint names the attention {str(version)[:48]!r}, not {_PAPERS_ATTENTION!r}: it may be one of the "
+        "paper's ablations, which its weights do not show; it is converted as the paper's own. If it is one, pass "
+        "skip_connection=False, branch_activation='sigmoid' or class_token='multiply'",
+        stacklevel=3,
+    )
 
 
 def _find_architecture(body: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[str, _Architecture]:

@@ -539,6 +539,8 @@ def compare(
     facts = {
         "model": name if name and not os.path.exists(name) else model.config.backbone or type(model.backbone).__name__,
         "head_fingerprint": head_fingerprint(model.head.state_dict()),
+        "backbone_fingerprint": model.config.backbone_fingerprint,
+        "map_scaling": model.config.map_scaling,
         "data": " ".join(text for text in (data, plan.split, plan.where) if text),
         "images": len(targets),
         "mosaics": len(groups_of_four),

@@ -9,7 +9,7 @@ import re
 import shlex
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.utils import HfHubHTTPError, RepositoryNotFoundError, validate_repo_id
 
 from .cards import is_ours, write_card
-from .records import REPORT, TRAINING, check_folder, read_json
+from .records import CARD, REPORT, TRAINING, check_folder, read_json, report_name
 from .saving import (
     HUB_ERRORS,
     LABELS,
+    PATH_IN_CODE,
     PATH_IN_TEXT,
     REMOTE_MODULE,
     TOKEN,
@@ -41,10 +42,12 @@ _MODEL_FILES = re.compile(
     r"preprocessor_config\.json)|README\.md|LICENSE(\.\w+)?|(report|training|card)\.json|report\.md|"
     + re.escape(REMOTE_MODULE)
 )
+_RECORDS = (REPORT, "report.md", TRAINING, CARD)
 _WEIGHT_FILES = re.compile(r"backbone/.+|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 _DATASET_FILES = re.compile(r"(.+/)?[^/]+\.parquet|README\.md|LICENSE(\.\w+)?|[^/]+\.json")
 _SPACE_FILES = re.compile(r"(.+/)?([^/]+\.(py|md|txt|ya?ml|css|html|m?js|json|toml|onnx|wasm)|LICENSE)")
 _NOBODYS_HOME = "/home/web_user"  # the invented home of WebAssembly programs: it stands in their loaders
+_CODE = (".py", ".js", ".mjs", ".html", ".css", ".toml", ".txt", ".yml", ".yaml")
 _BINARY = (".safetensors", ".parquet", ".onnx", ".wasm", *PICTURES)
 _HIDDEN = ("__pycache__", "node_modules")
 _PICTURE_NAME = re.compile(rf"[\w%-][\w%.+-]*(?:{'|'.join(map(re.escape, PICTURES))})(?!\w)", re.IGNORECASE)
@@ -56,6 +59,7 @@ _OWN_PICTURES: tuple[str, ...] = (
     "insertion_deletion.png",
     "latency.png",
     "contact_sheet.jpg",
+    "demo.jpg",
 )
 _EXAMPLE_COLUMNS: tuple[str, ...] = (
     "image",
@@ -97,8 +101,8 @@ def push_model(
 ) -> CommitInfo:
     """Save an explainer with its card and publish both in one commit.
 
-    The files are written to a folder of their own first. It is removed after a successful push; after a failed one it
-    stays, and the error names it together with the command that repeats the push.
+    The files are written to a folder of their own first. Where the Hub refuses or cannot be reached it stays, and
+    the error names it together with the command that repeats the push; else it is removed.
 
     Args:
         model: a TTameModel.
@@ -118,16 +122,22 @@ def push_model(
     except BaseException:
         shutil.rmtree(folder.parent)
         raise
-    info = push_folder(
-        folder,
-        repo_id,
-        commit_message=commit_message,
-        private=private,
-        revision=revision,
-        create_pr=create_pr,
-        token=token,
-        say=say,
-    )
+    try:
+        info = push_folder(
+            folder,
+            repo_id,
+            commit_message=commit_message,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            token=token,
+            say=say,
+        )
+    except ConnectionError:  # it names the folder
+        raise
+    except BaseException:
+        shutil.rmtree(folder.parent)
+        raise
     shutil.rmtree(folder.parent)
     return info
 
@@ -198,11 +208,19 @@ def push_folder(
             )
         if revision is not None and not create_pr:
             patiently(lambda: api.create_branch(repo_id, repo_type=kind, branch=revision, exist_ok=True))
-        stale = _stale(api, repo_id, revision, {file.relative_to(folder).as_posix() for file in sent}, kind)
+        stale: list[str] = []
+        if kind == "model":
+            there = patiently(lambda: api.list_repo_files(repo_id, repo_type=kind, revision=revision))
+            records = {*_RECORDS, *_report_there(api, repo_id, revision, there)}
+            stale = _stale(there, {file.relative_to(folder).as_posix() for file in sent}, records)
+            if "README.md" in there and is_ours(folder / "README.md") and not _is_ours_there(api, repo_id, revision):
+                sent = [file for file in sent if file != folder / "README.md"]
+                say(f"  {'kept':>12s}  README.md of the repository: somebody wrote it")
         for path in stale:
             say(f"  {'deleted':>12s}  {path} (of an earlier push)")
-        return patiently(
-            lambda: api.create_commit(
+
+        def commit() -> CommitInfo:
+            return api.create_commit(
                 repo_id,
                 [
                     *(CommitOperationAdd(file.relative_to(folder).as_posix(), str(file)) for file in sent),
@@ -213,22 +231,37 @@ def push_folder(
                 revision=revision,
                 create_pr=create_pr,
             )
-        )
+
+        return commit() if create_pr else patiently(commit)  # a second try could open a second pull request
     except HUB_ERRORS as error:
         cause = str(error.__cause__ or "")
         reason = str(error) if cause in str(error) else f"{error} {cause}"
         raise ConnectionError(
             f"{repo_id!r} was not pushed: {without_tokens(reason)}\nThe folder is complete; repeat with: "
-            + _command(folder, repo_id, kind, include_examples, private, revision, create_pr)
+            + _command(folder, repo_id, kind, include_examples, private, revision, create_pr, commit_message)
         ) from None  # the chain could carry request headers
 
 
-def _stale(api: HfApi, repo_id: str, revision: str | None, sent: set[str], kind: str) -> list[str]:
-    """Weights of an earlier push under other names, which would be loaded instead of the new ones."""
-    if kind != "model":
+def _stale(there: Iterable[str], sent: set[str], records: set[str]) -> list[str]:
+    """What an earlier push left: weights under other names, which would be loaded instead, and records of its head."""
+    ours = (path for path in there if _WEIGHT_FILES.fullmatch(path) or path in records)
+    return sorted(path for path in ours if path not in sent)
+
+
+def _report_there(api: HfApi, repo_id: str, revision: str | None, there: Iterable[str]) -> list[str]:
+    """The name of the report in the repository, where its card.json gives one."""
+    if CARD not in there:
         return []
-    there = patiently(lambda: api.list_repo_files(repo_id, repo_type=kind, revision=revision))
-    return sorted(path for path in there if _WEIGHT_FILES.fullmatch(path) and path not in sent)
+    file = Path(patiently(lambda: api.hf_hub_download(repo_id, CARD, revision=revision)))
+    try:
+        return [report_name(file.parent)]
+    except ValueError:
+        return []
+
+
+def _is_ours_there(api: HfApi, repo_id: str, revision: str | None) -> bool:
+    """Whether the card in the repository is one of ours, which may be replaced."""
+    return is_ours(Path(patiently(lambda: api.hf_hub_download(repo_id, "README.md", revision=revision))))
 
 
 def _create(api: HfApi, repo_id: str, kind: str, private: bool | None, sdk: str | None) -> str:
@@ -279,6 +312,7 @@ def files_to_push(folder: Path, kind: str, include_examples: bool = False) -> tu
     """
     sent: list[Path] = []
     left_out: list[Path] = []
+    report = report_name(folder) if kind == "model" else None
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder)
         if file.is_symlink():
@@ -288,11 +322,11 @@ def files_to_push(folder: Path, kind: str, include_examples: bool = False) -> tu
         hidden = any(part.startswith(".") or part in _HIDDEN for part in name.parts)
         picture = file.name.lower().endswith(PICTURES)
         pattern = {"model": _MODEL_FILES, "dataset": _DATASET_FILES, "space": _SPACE_FILES}[kind]
-        wanted = pattern.fullmatch(name.as_posix()) is not None
+        wanted = pattern.fullmatch(name.as_posix()) is not None or name.as_posix() == report
         chosen = not hidden and (include_examples if picture else wanted)
         (sent if chosen else left_out).append(file)
     names = {file.relative_to(folder).as_posix() for file in sent}
-    if kind == "model" and REPORT not in names and "report.md" in names:  # nothing says which head it is about
+    if kind == "model" and report not in names and "report.md" in names:  # nothing says which head it is about
         sent.remove(folder / "report.md")
         left_out.append(folder / "report.md")
     needed = {"model": ["config.json", "preprocessor_config.json", "README.md"], "space": ["README.md", "app.py"]}
@@ -321,6 +355,7 @@ def _missing_weights(folder: Path, names: set[str]) -> list[str]:
 
 def check_contents(folder: Path, files: list[Path], include_examples: bool = False) -> None:
     """Raise ValueError where a file holds a token, a local path, or (without `include_examples`) users' file names."""
+    report = report_name(folder)
     for file in files:
         name = file.relative_to(folder).as_posix()
         if file.suffix == ".parquet" and not include_examples:
@@ -333,8 +368,10 @@ def check_contents(folder: Path, files: list[Path], include_examples: bool = Fal
         # In JSON the names of classes may look like anything; everywhere else the whole text is read.
         entries = list(_strings(read_json(file))) if file.suffix == ".json" else [("", text)]
         places = [value for _, value in entries if file.suffix == ".json" and is_local_path(value)]
-        places += [place for place in PATH_IN_TEXT.findall(text) if place != _NOBODYS_HOME]
-        if name in (REPORT, TRAINING):  # "data/patients test": a folder's name in front of what was read of it
+        pattern = PATH_IN_CODE if file.suffix in _CODE else PATH_IN_TEXT
+        found = [place for _, value in entries for place in pattern.findall(value)]
+        places += [place for place in found if place != _NOBODYS_HOME]
+        if name in (report, REPORT, TRAINING):  # "data/patients test": a folder's name in front of what was read of it
             sources = [value for key, value in entries if key in _SOURCES]
             places += [s for s in sources if re.search(r"[/\\]", s.split(" ")[0]) and not is_hub_id(s.split(" ")[0])]
         if places:
@@ -438,6 +475,7 @@ def _command(
     private: bool | None,
     revision: str | None,
     create_pr: bool,
+    message: str | None,
 ) -> str:
     words = ["ttame", "push", str(folder), repo_id]
     words += ["--kind", kind] if kind != "model" else []
@@ -445,4 +483,5 @@ def _command(
     words += ["--revision", revision] if revision else []
     words += ["--create-pr"] if create_pr else []
     words += ["--include-examples"] if include_examples else []
+    words += ["--message", message] if message else []
     return shlex.join(words)

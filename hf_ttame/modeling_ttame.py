@@ -620,12 +620,12 @@ class TTameModel(PreTrainedModel):
         if missing := [key for key in info["missing_keys"] if key.startswith("head.")]:
             raise ValueError(f"{source!r} lacks the head's weights {sorted(missing)[:4]}; download or copy it again")
         check_finite(model.head)
-        self_named = getattr(model.config, "head_fingerprint", None)
+        named = getattr(model.config, "head_fingerprint", None)
         exact = model.head.fuser.weight.dtype in (torch.float32, torch.float16)  # bfloat16 rounds the values
-        if self_named and exact and self_named != (actual := head_fingerprint(model.head.state_dict())):
+        if named and exact and named != (actual := head_fingerprint(model.head.state_dict())):
             raise ValueError(
                 f"the head's weights in {source!r} (fingerprint {actual}) are not those that its config.json belongs "
-                f"to ({str(self_named)[:32]}): a save or a copy was cut short; save or copy the whole folder again"
+                f"to ({str(named)[:32]}): a save or a copy was cut short; save or copy the whole folder again"
             )
         beside = {
             "revision": getattr(model.config, "_commit_hash", None) or kwargs.get("revision"),

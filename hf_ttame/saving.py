@@ -30,7 +30,14 @@ _TRANSIENT = (408, 429, 500, 502, 503, 504)
 _Result = TypeVar("_Result")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _LOCAL_PATH = re.compile(r"(/|~|file:|[A-Za-z]:[\\/]|\\\\|\.{1,2}[\\/])")
+# Any absolute path of two or more components, to its end; not inside an address, a relative path, a link of a page, a
+# closing tag or "and/or".
 PATH_IN_TEXT = re.compile(
+    r"(?:(?<![\w/.~<*})\]-])(?<!\]\()/[^\W\d][\w.+@-]*/[\w.+@-]|(?<!\w)~/[\w.]|\b[A-Za-z]:\\\\?\w"
+    r"|\bfile:///?\w)[^\s\"'<>|)`]*"
+)
+# The same in code, which is full of routes and patterns between slashes: places that look like somebody's machine.
+PATH_IN_CODE = re.compile(
     r"(?<![\w:/.~<-])(?:/(?:home|Users|root|mnt|media|Volumes|nfs|tmp|var|opt|srv|data|scratch|private|work|"
     r"workspace)/[\w.-]+"
     r"|[A-Za-z]:\\\\?[\w.-]+\\|file:///?[\w.-]+)"
@@ -80,10 +87,7 @@ def is_hub_id(name: Any) -> bool:
     """Whether a name can be shown to anybody: "organisation/name", and no place on this machine."""
     parts = name.split("/") if isinstance(name, str) else []
     return (
-        len(parts) == 2
-        and all(re.fullmatch(r"[\w.-]*\w[\w.-]*", part) for part in parts)
-        and not is_local_path(name)
-        and not Path(name).exists()
+        len(parts) == 2 and all(re.fullmatch(r"[\w.-]*\w[\w.-]*", part) for part in parts) and not is_local_path(name)
     )
 
 

@@ -103,6 +103,18 @@ def push() -> dict[str, Any]:
     with torch.no_grad():
         again.head.fuser.bias += 0.5
     again.push_to_hub("org/measured-other", include_backbone=False, say=say)
+    measured = TTameModel.from_pretrained("org/measured")
+    measured.save_pretrained(WORK / "records", include_backbone=False)
+    (WORK / "records" / "report.json").rename(WORK / "records" / "measured.json")
+    (WORK / "records" / "card.json").write_text(json.dumps({"report": "measured.json"}))
+    push_folder(WORK / "records", "org/records", say=say)
+    found["records before"] = huggingface_hub.list_repo_files("org/records")
+    again.push_to_hub("org/records", include_backbone=False, say=say)
+    again.push_to_hub("org/own-card", include_backbone=False, say=say)
+    ask("/_test/fault", {"kind": "500", "match": "POST .*/commit/", "times": 1})
+    found["pr, 500"] = outcome(lambda: again.push_to_hub("org/measured-other", create_pr=True, say=say))
+    found["pr, 500 hits"] = ask("/_test/hits")["hits"]
+    ask("/_test/fault", {})
     with warnings.catch_warnings(record=True) as caught:
         pickled = TTameModel.from_backbone("org/pickled-vit")
         found["pickled"] = [str(warning.message) for warning in caught if "pickle" in str(warning.message)]

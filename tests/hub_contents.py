@@ -37,6 +37,7 @@ def fill(hub: Hub, work: Path, vit_folder: Path) -> None:
     hub.put("org/tiny-vit", vit_folder)
     hub.put("timm/tiny-resnet", work / "timm-repository")
     hub.put("org/public", {"x.txt": b"x"})
+    hub.put("org/own-card", {"README.md": b"# Mine\n"})
 
     ready = work / "ready"
     TTameModel.from_backbone(vit_folder).save_pretrained(ready)

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import make_vit
 from huggingface_hub import ModelCard
 
 from hf_ttame import TTameModel
+from hf_ttame.card_text import without_secrets
 from hf_ttame.cards import GENERATED, code, escape, render_card, write_card
 from hf_ttame.evaluation import Plan, compare
 from hf_ttame.hub import check_contents, files_to_push, push_folder
@@ -250,18 +252,89 @@ def test_records_follow_their_head(folder, tmp_path):
     assert {f.name for f in (tmp_path / "other").glob("*.json")} == {"config.json", "preprocessor_config.json"}
 
 
-@pytest.mark.parametrize("name", ["patients/Smith validation", "patients_smith validation", f"{HOME}/x", "a/b/c test"])
+def test_records_do_not_follow_to_other_maps(folder, tmp_path):
+    """The same head with another backbone, or another scaling of the map, was not measured."""
+    shutil.copytree(folder, tmp_path / "x")
+    put(tmp_path / "x", "report.json", {"images": 12, "methods": {"ttame": {"AD soft 50": 20.25}}})
+    put(tmp_path / "x", "training.json", {"steps": 77})
+    with pytest.warns(UserWarning, match="are not those the head was trained on"):
+        other = TTameModel.from_pretrained(tmp_path / "x", backbone=make_vit(seed=1))
+    scaled = TTameModel.from_pretrained(tmp_path / "x")
+    scaled.config.map_scaling = "logits"
+    overridden = TTameModel.from_pretrained(tmp_path / "x", map_scaling="logits")
+    for name, model in (("other", other), ("scaled", scaled), ("overridden", overridden)):
+        model.save_pretrained(tmp_path / name)
+        assert {f.name for f in (tmp_path / name).glob("*.json")} == {"config.json", "preprocessor_config.json"}, name
+        assert "20.2" not in (tmp_path / name / "README.md").read_text()
+    TTameModel.from_pretrained(tmp_path / "x").save_pretrained(tmp_path / "same")
+    assert "20.2" in (tmp_path / "same/README.md").read_text()
+
+
+@pytest.mark.parametrize("key", ["map_scaling", "backbone_fingerprint"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_report_of_other_maps_is_refused(folder, tmp_path, key, inside):
+    shutil.copytree(folder, tmp_path / "x")
+    own = json.loads((tmp_path / "x/config.json").read_text())[key]
+    for value, right in ((own, True), ("logits", False)):
+        facts = {"settings": {key: value}} if inside else {key: value}
+        put(tmp_path / "x", "report.json", {"methods": {"ttame": {"AD soft 50": 20.25}}, **facts})
+        if right:
+            assert "20.2" in render_card(tmp_path / "x")
+        else:
+            with pytest.raises(ValueError, match=f"about maps with {key} 'logits', the config here says"):
+                render_card(tmp_path / "x")
+
+
+def test_the_row_of_this_explainer_is_that_of_its_scaling(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "x")
+    methods = {"ttame logits": {"AD soft 50": 1.5}, "ttame sigmoid": {"AD soft 50": 2.5}}
+    put(tmp_path / "x", "report.json", {"methods": methods})  # it does not say which scaling is the explainer's
+    assert "**ttame sigmoid (this explainer)**" in render_card(tmp_path / "x")
+
+
+@pytest.mark.parametrize(("classes", "shown"), [(1, 1), (2, 2), (7, 3)])
+def test_the_printed_code_asks_for_no_more_classes_than_there_are(folder, tmp_path, classes, shown):
+    shutil.copytree(folder, tmp_path / "x")
+    config = json.loads((tmp_path / "x/config.json").read_text())
+    config["id2label"] = {str(i): f"class {i}" for i in range(classes)}
+    config["label2id"] = {f"class {i}": i for i in range(classes)}
+    (tmp_path / "x/config.json").write_text(json.dumps(config))
+    assert f'model.explain("photo.jpg", top_k={shown})' in render_card(tmp_path / "x")
+
+
+def test_groups_that_were_not_measured_are_named(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "x")
+    line = "Insertion and deletion, pointing game, latency, sanity checks: **not measured**."
+    values = {"AD soft 50": 20.25, "ROAD MoRF accuracy": 3.0, "grid pointing": 50.0, "insertion black": None}
+    put(tmp_path / "x", "report.json", {"methods": {"ttame": values}})
+    assert line in render_card(tmp_path / "x").splitlines()
+
+
+def test_the_shipped_explainer_can_be_published_with_its_card(tmp_path):
+    """As its card is written, under a Hub id: with its report, which has a name of its own, and without a picture."""
+    target = Path(shutil.copytree(ASSET, tmp_path / "x"))
+    for name in ("card.json", "confidence_imagenette_validation.json", "README.md"):
+        shutil.copy(CARDS / "efficientnet_lite0" / name, target)
+    write_card(target, "org/ttame-lite0")
+    sent = files_to_push(target, "model")[0]
+    assert {"confidence_imagenette_validation.json", "card.json", "training.json"} <= {file.name for file in sent}
+    check_contents(target, sent)
+    assert "demo.jpg" not in (target / "README.md").read_text()
+    assert "ttame sigmoid (this explainer)" in (target / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["patients_smith validation", f"{HOME}/x", "a/b/c test"])
 def test_the_folder_of_a_report_is_not_named(folder, tmp_path, name):
     shutil.copytree(folder, tmp_path / "x")
-    (tmp_path / "patients/Smith").mkdir(parents=True)
-    with contextlib.chdir(tmp_path):
-        for key in ("dataset", "data"):
-            put(tmp_path / "x", "report.json", {"images": 12, key: name, "methods": {"ttame": {"AD soft 50": 20.25}}})
-            card = render_card(tmp_path / "x")
-            assert "12 photographs of a local folder" in card
-            assert name.split()[0] not in card
+    for key in ("dataset", "data"):
+        put(tmp_path / "x", "report.json", {"images": 12, key: name, "methods": {"ttame": {"AD soft 50": 20.25}}})
+        card = render_card(tmp_path / "x")
+        assert "12 photographs of a local folder" in card
+        assert name.split()[0] not in card
     put(tmp_path / "x", "report.json", {"images": 12, "data": "org/set test", "methods": {"ttame": {"AD soft 50": 1}}})
-    assert "12 photographs of org/set test" in render_card(tmp_path / "x")
+    (tmp_path / "org/set").mkdir(parents=True)
+    with contextlib.chdir(tmp_path):  # the same card, whatever lies in the current directory
+        assert "12 photographs of org/set test" in render_card(tmp_path / "x")
     (tmp_path / "x/card.json").write_text(json.dumps({"measured_on": "a hospital's public set"}))
     assert "12 photographs of a hospital's public set" in render_card(tmp_path / "x")
 
@@ -291,7 +364,16 @@ def test_json_that_is_too_deep(folder, tmp_path):
     TTameModel.from_pretrained(tmp_path / "x")  # explains none the less
 
 
-SECRETS = (f"{HOME}/patients/x", "C:\\me\\x", "file:///x/y", "hf_" + "aZ9" * 10)
+SECRETS = (
+    f"{HOME}/patients/Smith_John/2021",
+    "/".join(("", "gpfs", "hospital", "patients")),
+    "~/patients/x",
+    "C:\\me\\patients\\x",
+    "D:\\patients",
+    "file:///x/patients",
+    "data:" + "/".join(("", "clinic", "patients")),
+    "hf_" + "aZ9" * 10,
+)
 
 
 @pytest.mark.parametrize("secret", SECRETS)
@@ -319,7 +401,39 @@ def test_no_path_and_no_token_in_any_field(folder, tmp_path, secret):
     put(tmp_path / "x", "training.json", {"optimizer": secret, "last": {secret: 1}})
     card = render_card(tmp_path / "x")
     assert secret not in card
-    assert secret.split("/")[-1] not in card or secret.endswith(("/x", "/y"))
+    for part in ("patients", "Smith", "2021"):
+        assert part not in card.replace("arXiv 2403", "")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sheep and/or goats",
+        "a grid of 28/14/7",
+        "see https://www.apache.org/licenses/LICENSE-2.0 and http://x.y:80/a/b",
+        "13.3 / 49.3 / x",
+        "timm/resnet50 from model_cards/resnet50/README.md",
+        "../../docs/demo.jpg",
+        "[terms](/terms/of/use)",
+        "<b>x</b>",
+        "/tmp",
+    ],
+)
+def test_what_is_no_path_stays(text):
+    assert without_secrets(text) == text
+
+
+def test_no_control_or_direction_characters_in_code(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "x")
+    config = json.loads((tmp_path / "x/config.json").read_text())
+    (tmp_path / "x/config.json").write_text(json.dumps({**config, "backbone_included": False}))
+    own = {"classifier_python": ["if a:", "\tb = 'c\u202ed\x1be'"], "measured_with": "run\u2066 it\x07\n\tnow"}
+    (tmp_path / "x/card.json").write_text(json.dumps(own))
+    put(tmp_path / "x", "report.json", {"methods": {"ttame": {"AD soft 50": 1}}})
+    card = render_card(tmp_path / "x")
+    assert "if a:\n    b = 'cde'\n" in card
+    assert "    run it\n        now\n" in card
+    assert all(c.isprintable() or c == "\n" for c in card)
 
 
 @pytest.mark.parametrize("field", ["base_model", "datasets"])

@@ -1,6 +1,7 @@
 """Files in the authors' layout, made here from torchvision's own models, against the formula as published."""
 
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 
 from hf_ttame import TTameModel
 from hf_ttame.cli import app
-from hf_ttame.convert import convert_reference_checkpoint
+from hf_ttame.convert import convert_reference_checkpoint, convert_to_folder
 
 CLASSES = 6
 LAYERS = {
@@ -171,6 +172,25 @@ def test_the_folder_carries_the_licence(resnet):
     with torch.no_grad():
         expected = literal(checkpoint, body, x)[1]
         torch.testing.assert_close(loaded(x, class_ids="all").map_logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_card_that_somebody_wrote_stays(resnet, tmp_path):
+    _, checkpoint, folder = resnet
+    torch.save(checkpoint, folder / "card.ckpt")
+    (tmp_path / "README.md").write_text("# mine")
+    convert_to_folder(folder / "card.ckpt", tmp_path)
+    assert (tmp_path / "README.md").read_text() == "# mine"
+
+
+def test_another_attention_is_named(resnet):
+    _, checkpoint, folder = resnet
+    settings = {**checkpoint["hyper_parameters"], "attention_version": "TAttentionV9"}
+    torch.save({**checkpoint, "hyper_parameters": settings}, folder / "other.ckpt")
+    with pytest.warns(UserWarning, match=r"names the attention 'TAttentionV9', not 'TAttentionV1'.*skip_connection"):
+        convert_reference_checkpoint(folder / "other.ckpt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # whoever says which ablation it is knows
+        convert_reference_checkpoint(folder / "other.ckpt", skip_connection=False)
 
 
 def test_without_batch_norm(resnet):

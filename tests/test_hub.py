@@ -303,7 +303,7 @@ def test_links_are_not_followed(saved, tmp_path):
         ("training.json", {"dataset": f"{HOME}/patients"}, f"local path '{HOME}/patients'", True),
         ("training.json", {"note": f"token {TOKEN}"}, "holds an access token", True),
         ("README.md", f"my {TOKEN}", "holds an access token", True),
-        ("README.md", f"see {HOME}/x", f"local path '{HOME}'", True),
+        ("README.md", f"see {HOME}/x", f"local path '{HOME}/x'", True),
         ("README.md", "![x](patient.png)", r"names picture files \('patient.png'\)", False),
         ("README.md", "![x](latency.png)", r"README.md shows 'latency.png', which is not sent", False),
         ("report.md", "![x](patient)", r"report.md shows 'patient', which is not sent", False),
@@ -312,7 +312,7 @@ def test_links_are_not_followed(saved, tmp_path):
         ("training.json", {"note": "'Smith.HEIC' cannot be read"}, "names picture files .*Smith.HEIC", False),
         ("report.json", {"data": "data/patients/Smith test"}, "local path 'data/patients/Smith test'", True),
         ("training.json", {"arguments": {"dataset": "data\\Smith"}}, "local path 'data.*Smith'", True),
-        ("report.md", "on /Volumes/P/x", "local path '/Volumes/P'", True),
+        ("report.md", "on /Volumes/P/x", "local path '/Volumes/P/x'", True),
         *(
             (name, f"t=hf_{kind}_" + "aZ9" * 8, "holds an access token", True)
             for name in ("LICENSE", "report.md")
@@ -411,9 +411,11 @@ def test_repository_names(saved, repo_id):
 
 def test_a_push_that_fails_says_how_to_repeat(saved, vit):
     before = {f: f.read_bytes() for f in saved.rglob("*") if f.is_file() and f.name != "README.md"}
-    done = CliRunner().invoke(app, ["push", str(saved), "org/x", "--private", "--revision", "my branch"])
+    options = ["--private", "--revision", "my branch", "--message", "My message"]
+    done = CliRunner().invoke(app, ["push", str(saved), "org/x", *options])
     assert isinstance(done.exception, ConnectionError)  # tests are offline
-    assert f"ttame push {saved} org/x --private --revision 'my branch'" in str(done.exception)
+    command = f"ttame push {saved} org/x --private --revision 'my branch' --message 'My message'"
+    assert command in str(done.exception)
     assert "model.safetensors" in done.output  # listed before the first byte
     assert all(f.read_bytes() == content for f, content in before.items())
     with pytest.raises(ConnectionError, match="repeat with: ttame push") as caught:
@@ -422,6 +424,59 @@ def test_a_push_that_fails_says_how_to_repeat(saved, vit):
     assert (kept / "model.safetensors").exists()  # what the message names is complete
     assert files_to_push(kept, "model")[0]
     shutil.rmtree(kept.parent)
+
+
+def test_a_push_that_is_refused_leaves_no_folder(vit, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    vit.config.note = "see " + "/".join(("", "gpfs", "hospital"))
+    vit.image_processor.token = TOKEN
+    with pytest.raises(ValueError, match="holds an access token"):
+        vit.push_to_hub("org/x", say=lambda line: None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_overwrite_that_is_cut_short_does_not_load(saved, vit, tmp_path, monkeypatch):
+    """Killed at any file: the folder has no config, so nobody loads an old one with new weights."""
+    with torch.no_grad():
+        vit.head.fuser.bias += 0.5
+    real, left = os.replace, 0
+
+    def killed(source, target):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    files = len([file for file in saved.rglob("*") if file.is_file()])
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_ttame.saving.os.replace", killed)
+        for stop in range(files - 1):
+            left = stop + 1  # the first is the card's own
+            with pytest.raises(KeyboardInterrupt):
+                vit.save_pretrained(saved)
+            assert not (saved / "config.json").exists()
+    vit.save_pretrained(saved)
+    assert torch.equal(TTameModel.from_pretrained(saved).head.fuser.bias, vit.head.fuser.bias)
+
+
+def test_weights_that_are_not_the_configs_are_refused(saved, vit, tmp_path):
+    config = (saved / "config.json").read_text()
+    with torch.no_grad():
+        vit.head.fuser.bias += 0.5
+    vit.save_pretrained(saved)
+    (saved / "config.json").write_text(config)
+    with pytest.raises(ValueError, match=r"are not those that its config.json belongs to.*save or copy the whole"):
+        TTameModel.from_pretrained(saved)
+    (saved / "config.json").write_text(json.dumps({**json.loads(config), "head_fingerprint": None}))
+    TTameModel.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_head_is_its_own_in_every_dtype(vit, tmp_path, stored, dtype):
+    vit.save_pretrained(tmp_path, head_dtype=stored)
+    assert TTameModel.from_pretrained(tmp_path, torch_dtype=dtype).head.fuser.weight.dtype == dtype
 
 
 def test_a_card_that_somebody_wrote_stays(saved):
@@ -552,6 +607,24 @@ def test_weights_of_an_earlier_push_are_deleted(hub, pushed):
     assert any("deleted  backbone/model.safetensors (of" in line for line in pushed["lines"])
     assert any("deleted  model-00001-of-" in line for line in pushed["lines"])
     assert len(hub.repository("org/stale").messages) == 3
+
+
+def test_records_of_an_earlier_push_are_deleted(hub, pushed):
+    """Measured, trained on, published again: nothing of the former head stays."""
+    assert {"measured.json", "training.json", "card.json"} <= set(pushed["records before"])
+    assert sorted(hub.files("org/records")) == sorted(hub.files("org/measured-other"))
+    assert any("deleted  measured.json (of" in line for line in pushed["lines"])
+
+
+def test_a_card_that_somebody_wrote_on_the_hub_stays(hub, pushed):
+    assert hub.files("org/own-card")["README.md"] == b"# Mine\n"
+    assert "model.safetensors" in hub.files("org/own-card")
+    assert any("kept  README.md of the repository" in line for line in pushed["lines"])
+
+
+def test_a_pull_request_is_opened_once(hub, pushed):
+    assert "was not pushed" in pushed["pr, 500"]
+    assert pushed["pr, 500 hits"] == 1
 
 
 def test_a_server_at_fault_is_asked_again(pushed):
@@ -736,6 +809,7 @@ def test_report_and_training_record_are_published_again(hub, pushed):
 
 def test_a_pickled_backbone_is_published_as_safetensors(hub, work, pushed):
     assert "are a pickle" in pushed["pickled"][0]
+    assert not [line for line in hub.requests if "pickled-vit" in line and "discussions" in line]  # no conversion asked
     files = hub.files("org/ttame-of-pickled")
     assert "backbone/model.safetensors" in files
     assert not [name for name in files if name.endswith(".bin")]
