@@ -106,7 +106,9 @@ class Hub:
 
     def environment(self, home: Path, **extra: str) -> dict[str, str]:
         """The environment of a client: this Hub alone, an empty cache, no network beside loopback."""
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING", "DISABLE_SAFE"))}
+        kept = {
+            key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING", "DISABLE_SAFE"))
+        }
         return {
             **kept,
             "HF_ENDPOINT": self.url,
