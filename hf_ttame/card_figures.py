@@ -62,10 +62,10 @@ def results(report: Mapping[str, Any]) -> list[EvalResult] | None:
         EvalResult(
             task_type="image-classification",
             task_name="explanation of the predicted class",
-            dataset_type=re.sub(r"[^a-z0-9]+", "-", str(report["dataset"]).lower()).strip("-"),
+            dataset_type=re.sub(r"[^a-z0-9]+", "-", plain(report["dataset"]).lower()).strip("-"),
             dataset_name=plain(report["dataset"]),
-            metric_type=re.sub(r"[^a-z0-9]+", "_", measure.lower()),
-            metric_name=measure,
+            metric_type=re.sub(r"[^a-z0-9]+", "_", plain(measure).lower()),
+            metric_name=plain(measure),
             metric_value=value,
         )
         for measure, value in report["methods"][method].items()

@@ -112,7 +112,7 @@ def _fields(
         "facts": "\n".join(f"| {key} | {value} |" for key, value in _facts(folder, config).items()),
         "usage": _usage(config, own, repo_id),
         "figures": figures(own, report),
-        "pictures": _pictures(own, published=repo_id is not None),
+        "pictures": _pictures(own),
         "training": _training(own, training),
         "limits": "\n".join(f"- {limit}" for limit in _limits(config, own, report)),
         "licences": _licences(config, own),
@@ -255,13 +255,11 @@ def _usage(config: TTameConfig, own: Mapping[str, Any], repo_id: str | None) -> 
     return _CODE.format(load=load, top_k=top_k)
 
 
-def _pictures(own: Mapping[str, Any], published: bool) -> str:
-    """The pictures of card.json; those outside the folder only where the card stays beside them."""
+def _pictures(own: Mapping[str, Any]) -> str:
     shown = [
         f"![{escape(picture.get('caption', ''))}]({picture['path']})\n\n{escape(picture.get('caption', ''))}"
         for picture in own.get("pictures", [])
         if re.fullmatch(r"(https://|(\.\./)*)\w[\w./-]*", str(picture.get("path", "")))
-        and not (published and ".." in picture["path"].split("/"))
     ]
     return "\n\n".join(shown) or "None are part of this repository."
 

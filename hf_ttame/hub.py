@@ -59,7 +59,6 @@ _OWN_PICTURES: tuple[str, ...] = (
     "insertion_deletion.png",
     "latency.png",
     "contact_sheet.jpg",
-    "demo.jpg",
 )
 _EXAMPLE_COLUMNS: tuple[str, ...] = (
     "image",
