@@ -351,8 +351,8 @@ def test_who_mistypes_a_name_evicts_nobody_and_the_owners_explainer_stays(folder
     explainers.get(names[0], trusted=True)
     for name in names[1:3]:
         explainers.get(name)
-    for wrong in ("abc", "nobody/nothing", str(tmp_path)):
-        with pytest.raises(ValueError):
+    for wrong, words in {"abc": "Hub id", "nobody/nothing": "no explainer", str(tmp_path): "no explainer"}.items():
+        with pytest.raises(ValueError, match=words):
             explainers.get(wrong)
     assert gone == []
     for name in names[3:]:

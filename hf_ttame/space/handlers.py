@@ -75,9 +75,11 @@ class Handlers:
         if not file or not file.get("path"):
             return {}
         path = Path(file["path"])
-        found = self._upload(visitor, lambda: read_upload(path, self.sweeper.folder), explainer, strength, colours)
-        if path.resolve().is_relative_to(self.sweeper.folder.resolve()):
-            self.sweeper.was_read(path)
+        try:
+            found = self._upload(visitor, lambda: read_upload(path, self.sweeper.folder), explainer, strength, colours)
+        finally:
+            if path.resolve().is_relative_to(self.sweeper.folder.resolve()):
+                self.sweeper.was_read(path)
         return {**found, "picture": None}
 
     def example(self, visitor: str, name: str, explainer: str | None, strength: int, colours: str) -> Content:
@@ -242,7 +244,7 @@ class Handlers:
         return {"notice": views.notice(stopped, "remark"), **self.measure(visitor, keep, colours)}
 
     def arm_rise(self, visitor: str, stop: bool) -> None:
-        """Before RISE is put in the queue: it may run, of the class shown now. With `stop`: it shall not, or no longer."""
+        """Before RISE is put in the queue: it may run, for the class shown now. With `stop`: it shall not, or no more."""
         with contextlib.suppress(ValueError):  # no picture, nothing runs
             session = self.sessions.find(visitor)
             if stop:

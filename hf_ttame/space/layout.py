@@ -45,9 +45,9 @@ def build(handlers: Handlers, models: Sequence[str]) -> gr.Blocks:
                     first = handlers.explainers.get(models[0], trusted=True)
                     parts["report"] = gr.Markdown(report(first), elem_id="tt-report")
         gr.HTML(
-            "<footer class='tt-footer'>An upload lies in a temporary folder of this server until half a minute after it "
-            "was read (five minutes where reading failed), and in its memory while you look at it. A map shows what "
-            "this classifier used, not what is true.</footer>"
+            "<footer class='tt-footer'>An upload lies in a temporary folder of this server until half a minute after "
+            "it was read, or for five minutes if it never was; then in memory only, while you look at it. A map shows "
+            "what this classifier used, not what is true.</footer>"
         )
         connect(page, parts, handlers)
     return page.queue(max_size=64, api_open=False)

@@ -17,8 +17,8 @@ class Session:
     """One visitor's picture.
 
     class_id: what is shown. pair: the two classes of the comparison. asked: classes that were typed, beside the top
-    ones. rise_class: the class for which RISE was asked. stop: set to end a RISE that runs. used: when the visitor last asked for anything. left: when the connection
-    ended, None while it stands.
+    ones. rise_class: the class for which RISE was asked. stop: set to end a RISE that runs. used: when the visitor
+    last asked for anything. left: when the connection ended, None while it stands.
     """
 
     analysis: Analysis

@@ -1,4 +1,4 @@
-"""From an uploaded file to a picture: what is accepted, in words where it is not, and nothing stays on disk for long."""
+"""From an uploaded file to a picture: what is accepted, in words where not, and nothing stays on disk for long."""
 
 import contextlib
 import os
