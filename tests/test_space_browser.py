@@ -78,8 +78,8 @@ def page(visit: Visit) -> "playwright_api.Page":
     return visit()
 
 
-# The clipboard's own picture, as the browser hands it over.
-_PASTE = """async data => {
+# A picture into the clipboard, as another program would put it there.
+_COPY = """async data => {
   const bytes = Uint8Array.from(atob(data), c => c.charCodeAt(0));
   const picture = await createImageBitmap(new Blob([bytes], {type: "image/jpeg"}));
   const canvas = new OffscreenCanvas(picture.width, picture.height);
@@ -268,8 +268,9 @@ def test_quick_wishes_are_not_dropped(page: "playwright_api.Page", tmp_path: Pat
 
 
 def test_paste(page: "playwright_api.Page") -> None:
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.evaluate(_COPY, base64.b64encode((PHOTOGRAPHS / "rocket.jpg").read_bytes()).decode())
     page.locator("#tt-picture button[aria-label*=lipboard]").click()
-    page.evaluate(_PASTE, base64.b64encode((PHOTOGRAPHS / "rocket.jpg").read_bytes()).decode())
     is_shown(page, "missile")
 
 
