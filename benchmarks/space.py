@@ -5,8 +5,8 @@
 Needs the `test` extra and a Chromium. The server is `ttame space` with the shipped explainer, in a process of its own.
 Times in the browser run from the wish (a file is chosen, a class is clicked) until the map's picture has been drawn.
 Visitors at once and the many uploads come from gradio's own client, which does what the page does: it uploads, fetches
-the map, has it measured (two masked passes and Grad-CAM) and fetches the pictures. There, too, a time of a map ends with
-the map's picture; "measured" ends with the pictures of the measurement.
+the map, has it measured (two masked passes and Grad-CAM) and fetches the pictures. There, too, a time ends with the
+map's picture; "measured" ends with the pictures of the measurement.
 Ends in one JSON line.
 """
 
@@ -127,7 +127,7 @@ class Visitor:
         return mapped, 1000 * (time.perf_counter() - began)
 
     def _fetch_map(self, answer: object) -> list[str]:
-        """Fetch the first map that an answer shows; returns the other pictures, each once, as a browser fetches them."""
+        """Fetch the first map that an answer shows; returns the other pictures, each once."""
         pictures = list(dict.fromkeys(re.findall(r'<img[^>]* src="(ttame/[^"]+)"', str(answer))))
         first = next((picture for picture in pictures if "/layer.png?" in picture), None)
         if first is None:

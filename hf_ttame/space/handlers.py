@@ -244,7 +244,7 @@ class Handlers:
         return {"notice": views.notice(stopped, "remark"), **self.measure(visitor, keep, colours)}
 
     def arm_rise(self, visitor: str, stop: bool) -> None:
-        """Before RISE is put in the queue: it may run, for the class that is shown. `stop`: it shall not, or no more."""
+        """Before RISE is put in the queue: it may run, for the class that is shown. With `stop`: it may not."""
         with contextlib.suppress(ValueError):  # no picture, nothing runs
             session = self.sessions.find(visitor)
             if stop:
