@@ -92,7 +92,7 @@ class Explainers:
         Raises:
             ValueError: there is none, or it does not fit into the memory; the message says what to do.
         """
-        name = (name or "").strip()
+        name = str(name or "").strip()
         if trusted:
             self._trusted.add(name)
         found = self._loaded.get(name)
