@@ -248,32 +248,6 @@ def test_an_upload_goes_from_the_disk(page: "playwright_api.Page", tmp_path: Pat
     assert there() == set()
 
 
-def test_quick_wishes_are_not_dropped(page: "playwright_api.Page", tmp_path: Path) -> None:
-    stage = page.locator("#tt-stage")
-    page.evaluate("for (const name of ['rocket', 'coffee']) document.querySelector(`[data-example=${name}]`).click()")
-    is_shown(page, "espresso")
-    page.wait_for_timeout(1000)
-    is_shown(page, "espresso")  # and no rocket comes after it
-    page.evaluate("for (const number of [1, 2]) document.querySelectorAll('.tt-bar')[number].click()")
-    playwright_api.expect(page.locator(".tt-bar").nth(2)).to_have_attribute("aria-pressed", "true")
-    playwright_api.expect(page.locator("#tt-test")).to_contain_text(page.locator(PRESSED).inner_text())
-    Image.open(PHOTOGRAPHS / "rocket.jpg").resize((4000, 3000)).save(tmp_path / "slow.jpg")
-    upload(page, tmp_path / "slow.jpg")
-    page.locator("[data-example=coffee]").click()
-    upload(page, PHOTOGRAPHS / "cat.jpg")
-    playwright_api.expect(stage).to_contain_text("451 x 300")
-    page.wait_for_timeout(1500)
-    playwright_api.expect(stage).to_contain_text("451 x 300")
-    playwright_api.expect(page.locator("#tt-test")).to_contain_text("Confidence in tiger cat")
-
-
-def test_paste(page: "playwright_api.Page") -> None:
-    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
-    page.evaluate(_COPY, base64.b64encode((PHOTOGRAPHS / "rocket.jpg").read_bytes()).decode())
-    page.locator("#tt-picture button[aria-label*=lipboard]").click()
-    is_shown(page, "missile")
-
-
 def test_two_visitors_at_once(page: "playwright_api.Page", visit: Visit) -> None:
     one, two = page, visit()
     one.locator("#tt-explainer input").fill("efficientnet-lite0")
@@ -291,6 +265,27 @@ def test_two_visitors_at_once(page: "playwright_api.Page", visit: Visit) -> None
     loaded(two, "#tt-stage")
 
 
+def test_quick_wishes_are_not_dropped(page: "playwright_api.Page", tmp_path: Path) -> None:
+    stage = page.locator("#tt-stage")
+    for name in ("rocket", "coffee"):
+        page.locator(f"[data-example={name}]").click()
+    is_shown(page, "espresso")
+    page.wait_for_timeout(1000)
+    is_shown(page, "espresso")  # and no rocket comes after it
+    for number in (1, 2):
+        page.locator(".tt-bar").nth(number).click()
+    playwright_api.expect(page.locator(".tt-bar").nth(2)).to_have_attribute("aria-pressed", "true")
+    playwright_api.expect(page.locator("#tt-test")).to_contain_text(page.locator(PRESSED).inner_text())
+    Image.open(PHOTOGRAPHS / "rocket.jpg").resize((4000, 3000)).save(tmp_path / "slow.jpg")
+    upload(page, tmp_path / "slow.jpg")
+    page.locator("[data-example=coffee]").click()
+    upload(page, PHOTOGRAPHS / "cat.jpg")
+    playwright_api.expect(stage).to_contain_text("451 x 300")
+    page.wait_for_timeout(1500)
+    playwright_api.expect(stage).to_contain_text("451 x 300")
+    playwright_api.expect(page.locator("#tt-test")).to_contain_text("Confidence in tiger cat")
+
+
 def test_on_a_phone_and_in_the_dark(visit: Visit) -> None:
     page = visit(viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True, color_scheme="dark")
     for tab in ("Two classes", "Report", "Explain"):
@@ -304,6 +299,13 @@ def test_on_a_phone_and_in_the_dark(visit: Visit) -> None:
 def test_in_the_light(page: "playwright_api.Page") -> None:
     assert brightness(page, "backgroundColor") > brightness(page, "color") + 380
     assert page.evaluate("document.documentElement.scrollWidth") <= 1280
+
+
+def test_paste(page: "playwright_api.Page") -> None:
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.evaluate(_COPY, base64.b64encode((PHOTOGRAPHS / "rocket.jpg").read_bytes()).decode())
+    page.locator("#tt-picture button[aria-label*=lipboard]").click()
+    is_shown(page, "missile")
 
 
 def brightness(page: "playwright_api.Page", what: str) -> int:
