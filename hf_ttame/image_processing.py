@@ -26,7 +26,7 @@ MAX_ASPECT = 100  # the shorter side is scaled up to the backbone's input: a thi
 # What Pillow's decoders raise on damaged files; AVIF's, a RuntimeError. Not MemoryError: that file may be sound.
 DECODER_ERRORS: tuple[type[Exception], ...] = (
     *(OSError, SyntaxError, EOFError, RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError),
-    *(struct.error, zlib.error),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
 )
 _DRAWN_BY_PROGRAMS = ("EPS", "WMF")  # Pillow hands EPS to Ghostscript
 _RAMP_SIDE = 64  # pictures smaller than this are measured on an enlarged ramp
@@ -52,7 +52,7 @@ def load_image(source: ImageInput) -> Image.Image:
                 return _to_rgb(image)
         except FileNotFoundError as error:
             raise ValueError(f"image {name} does not exist; check the path") from error
-        except (*DECODER_ERRORS, Image.DecompressionBombError) as error:
+        except DECODER_ERRORS as error:
             raise ValueError(
                 f"image {name} cannot be read ({error}); give a picture that opens in a viewer"
             ) from error

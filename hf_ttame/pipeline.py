@@ -159,7 +159,7 @@ def open_picture(source: Any) -> Image.Image:
     if isinstance(source, (bytes, bytearray)):
         try:
             source = Image.open(io.BytesIO(source))  # opened, not decoded: load_image checks the size first
-        except (*DECODER_ERRORS, Image.DecompressionBombError) as error:
+        except DECODER_ERRORS as error:
             raise ValueError(f"{len(source)} bytes that are no readable picture ({error})") from error
     return load_image(source)
 

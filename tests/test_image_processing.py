@@ -124,7 +124,7 @@ def test_damaged_avif(tmp_path, photo):
             Image.open(path).load()
         except Exception as error:
             by_pillow.add(type(error))
-            with pytest.raises(ValueError, match="bad.avif"):
+            with pytest.raises(ValueError, match=r"bad\.avif"):
                 load_image(path)
     assert RuntimeError in by_pillow  # which is no OSError
 
