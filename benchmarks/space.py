@@ -4,7 +4,9 @@
 
 Needs the `test` extra and a Chromium. The server is `ttame space` with the shipped explainer, in a process of its own.
 Times in the browser run from the wish (a file is chosen, a class is clicked) until the map's picture has been drawn.
-Visitors at once and the many uploads come from gradio's own client; there, too, a time ends with the map's picture.
+Visitors at once and the many uploads come from gradio's own client, which does what the page does: it uploads, fetches
+the map, has it measured (two masked passes and Grad-CAM) and fetches the pictures. There, too, a time ends with the
+map's picture; "measured" ends with the pictures of the measurement.
 Ends in one JSON line.
 """
 
@@ -98,7 +100,7 @@ def in_the_browser(address: str, large: Path, rounds: int) -> dict[str, Any]:
 
 
 class Visitor:
-    """Uploads with gradio's client, and fetches the map that the answer names."""
+    """Does with gradio's client what the page does for an upload, in the same order."""
 
     def __init__(self, address: str):
         from gradio_client import Client
@@ -106,23 +108,41 @@ class Visitor:
         self.address = address
         self.client = Client(address, verbose=False)
 
-    def upload(self, file: Path) -> float:
-        """Milliseconds until the map's picture is there; RuntimeError where the answer holds none."""
+    def upload(self, file: Path) -> tuple[float, float]:
+        """Milliseconds until the map's picture is there, and until the measurement is.
+
+        Raises:
+            RuntimeError: an answer holds no map.
+        """
         from gradio_client import handle_file
 
         began = time.perf_counter()
         answer = self.client.predict(handle_file(file), "efficientnet-lite0", 55, "spectrum", api_name="/upload")
-        layers = re.findall(r'tt-layer" src="([^"]+)"', str(answer))
-        if not layers:
+        others = self._fetch_map(answer)
+        mapped = 1000 * (time.perf_counter() - began)
+        answer = self.client.predict(50, "spectrum", api_name="/measure")
+        others += self._fetch_map(answer)
+        for picture in others:
+            self._fetch(picture)
+        return mapped, 1000 * (time.perf_counter() - began)
+
+    def _fetch_map(self, answer: object) -> list[str]:
+        """Fetch the first map that an answer shows; returns the other pictures, each once."""
+        pictures = list(dict.fromkeys(re.findall(r'<img[^>]* src="(ttame/[^"]+)"', str(answer))))
+        first = next((picture for picture in pictures if "/layer.png?" in picture), None)
+        if first is None:
             raise RuntimeError(f"no map in the answer: {str(answer)[:200]}")
-        with urllib.request.urlopen(f"{self.address}/{layers[0].replace('&amp;', '&')}", timeout=60) as picture:
-            picture.read()
-        return 1000 * (time.perf_counter() - began)
+        self._fetch(first)
+        return [picture for picture in pictures if picture != first]
+
+    def _fetch(self, picture: str) -> None:
+        with urllib.request.urlopen(f"{self.address}/{picture.replace('&amp;', '&')}", timeout=60) as answer:
+            answer.read()
 
 
 def at_once(address: str, visitors: int, uploads: int) -> dict[str, Any]:
-    """Several visitors, each with its own session, uploading at the same time."""
-    times: list[float] = []
+    """Several visitors, each with its own session, uploading and measuring at the same time."""
+    times: list[tuple[float, float]] = []
     errors: list[str] = []
     everybody = [Visitor(address) for _ in range(visitors)]
     start = threading.Barrier(visitors)
@@ -140,11 +160,13 @@ def at_once(address: str, visitors: int, uploads: int) -> dict[str, Any]:
         thread.start()
     for thread in threads:
         thread.join()
-    return {"visitors": visitors, "uploads": visitors * uploads, "errors": errors, **_spread(times)}
+    mapped, measured = [first for first, _ in times], [last for _, last in times]
+    facts = {"visitors": visitors, "uploads": visitors * uploads, "errors": errors}
+    return {**facts, **_spread(mapped), "measured": _spread(measured)}
 
 
 def memory(address: str, process: int, uploads: int, warm_up: int) -> dict[str, Any]:
-    """Megabytes of the server before and after many uploads, of different sizes, by eight visitors in turn."""
+    """Megabytes of the server before and after many uploads, all measured, of different sizes, by eight visitors."""
     visitors = [Visitor(address) for _ in range(8)]
     sizes = ((640, 480), (1280, 960), (300, 700), (2000, 1500))
     with tempfile.TemporaryDirectory() as folder:

@@ -6,6 +6,8 @@ cropping. Processors name the same steps in many ways; a measurement is right fo
 
 import math
 import os
+import struct
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +23,11 @@ Picture = Image.Image | np.ndarray  # RGB, or (H, W, C) float32 in 0..255 where 
 
 MAX_PIXELS = 100_000_000  # a larger picture is refused before it is decoded
 MAX_ASPECT = 100  # the shorter side is scaled up to the backbone's input: a thin line would fill the memory
+# What Pillow's decoders raise on damaged files; AVIF's, a RuntimeError. Not MemoryError: that file may be sound.
+DECODER_ERRORS: tuple[type[Exception], ...] = (
+    *(OSError, SyntaxError, EOFError, RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
+)
 _DRAWN_BY_PROGRAMS = ("EPS", "WMF")  # Pillow hands EPS to Ghostscript
 _RAMP_SIDE = 64  # pictures smaller than this are measured on an enlarged ramp
 _INTERPOLATION = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
@@ -45,7 +52,7 @@ def load_image(source: ImageInput) -> Image.Image:
                 return _to_rgb(image)
         except FileNotFoundError as error:
             raise ValueError(f"image {name} does not exist; check the path") from error
-        except (OSError, SyntaxError, Image.DecompressionBombError, EOFError) as error:
+        except DECODER_ERRORS as error:
             raise ValueError(
                 f"image {name} cannot be read ({error}); give a picture that opens in a viewer"
             ) from error
@@ -53,7 +60,7 @@ def load_image(source: ImageInput) -> Image.Image:
         check_picture(source, "given")
         try:
             return _to_rgb(source)
-        except (OSError, SyntaxError, EOFError) as error:
+        except DECODER_ERRORS as error:
             raise ValueError(f"the given image cannot be read ({error}); its file is damaged") from error
     if isinstance(source, np.ndarray):
         return _to_rgb(_from_array(source))

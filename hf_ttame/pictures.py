@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 from PIL import Image, UnidentifiedImageError
 
-from .image_processing import check_picture, load_image
+from .image_processing import DECODER_ERRORS, check_picture, load_image
 
 _SPLITS = {"train", "training", "validation", "valid", "val", "test"}
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -173,7 +173,7 @@ def decode(value: Any, side: int | None = None) -> Image.Image:
                 check_picture(image, "given")  # a progressive JPEG takes the memory of its full size all the same
                 image.draft("RGB", (side, side))
             return load_image(image)
-    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except DECODER_ERRORS as error:
         what = f"picture of {len(value)} bytes" if isinstance(value, bytes) else repr(value)
         reason = "no picture format" if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(f"{what} cannot be read: {reason}") from error

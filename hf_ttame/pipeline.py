@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from transformers import AutoModel, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from .image_processing import load_image
+from .image_processing import DECODER_ERRORS, load_image
 from .modeling_ttame import TTameModel
 
 TASK = "image-explanation"
@@ -159,7 +159,7 @@ def open_picture(source: Any) -> Image.Image:
     if isinstance(source, (bytes, bytearray)):
         try:
             source = Image.open(io.BytesIO(source))  # opened, not decoded: load_image checks the size first
-        except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        except DECODER_ERRORS as error:
             raise ValueError(f"{len(source)} bytes that are no readable picture ({error})") from error
     return load_image(source)
 

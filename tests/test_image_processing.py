@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import timm.data
 import torch
-from PIL import Image
+from PIL import Image, features
 from transformers import BitImageProcessor, CLIPImageProcessorPil, ViTImageProcessor
 
 from hf_ttame import image_processing
@@ -105,6 +105,28 @@ def test_truncated_file(tmp_path, photo, kind):
             refused.append(str(error))
     assert all("cut.img" in message for message in refused)
     assert len(refused) > 10
+
+
+def test_damaged_avif(tmp_path, photo):
+    if not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    buffer = io.BytesIO()
+    photo(64, 64).save(buffer, "AVIF")
+    random = np.random.default_rng(0)
+    path = tmp_path / "bad.avif"
+    by_pillow = set()
+    for _ in range(200):
+        content = bytearray(buffer.getvalue())
+        for place in random.integers(60, len(content), 4):
+            content[place] = random.integers(0, 256)
+        path.write_bytes(content)
+        try:
+            Image.open(path).load()
+        except Exception as error:
+            by_pillow.add(type(error))
+            with pytest.raises(ValueError, match=r"bad\.avif"):
+                load_image(path)
+    assert RuntimeError in by_pillow  # which is no OSError
 
 
 def test_truncated_picture_already_opened(tmp_path, photo):

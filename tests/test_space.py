@@ -15,8 +15,8 @@ import pytest
 import torch
 import yaml
 from conftest import make_vit, vit_processor
-from hub_server import running_hub
-from PIL import Image
+from hub_server import TOKEN, running_hub
+from PIL import Image, features
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
@@ -31,7 +31,16 @@ from hf_ttame.space.handlers import Handlers
 from hf_ttame.space.report import report
 from hf_ttame.space.routes import picture_routes
 from hf_ttame.space.sessions import Sessions
-from hf_ttame.space.uploads import LEFT_OVER, MAX_BYTES, WORKING_SIDE, Sweeper, open_picture, read_upload, sweep
+from hf_ttame.space.uploads import (
+    LEFT_OVER,
+    MAX_BYTES,
+    WORKING_SIDE,
+    Sweeper,
+    open_picture,
+    read_upload,
+    sweep,
+    sweep_dead,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def explainer(folder: Path) -> Explainer:
-    return Explainers(allow_folders=True).get(str(folder))
+    return Explainers(at_home=True).get(str(folder))
 
 
 @pytest.fixture
@@ -119,6 +128,41 @@ def test_pictures_that_are_accepted(tmp_path, photo):
     large, _ = open_picture(saved(photo(4 * WORKING_SIDE, 2 * WORKING_SIDE), tmp_path / "large.jpg"))
     assert large.size == (WORKING_SIDE, WORKING_SIDE // 2)
     assert open_picture(saved(photo(), tmp_path / "named.txt", format="PNG"))[0].size == (90, 70)
+
+
+def test_damaged_avif_is_refused_in_words(tmp_path, photo):
+    if not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    buffer = io.BytesIO()
+    photo(64, 64).save(buffer, "AVIF")
+    random = np.random.default_rng(0)
+    refused = 0
+    for _ in range(100):
+        content = bytearray(buffer.getvalue())
+        for place in random.integers(60, len(content), 4):
+            content[place] = random.integers(0, 256)
+        (tmp_path / "bad.avif").write_bytes(content)
+        try:
+            open_picture(tmp_path / "bad.avif")
+        except ValueError:
+            refused += 1
+    assert refused > 10
+
+
+def test_what_killed_servers_left_is_deleted(tmp_path):
+    for name, age in {"ttame-space-dead": 2 * LEFT_OVER, "ttame-space-young": 0, "other": 2 * LEFT_OVER}.items():
+        (tmp_path / name / "hash").mkdir(parents=True)
+        (tmp_path / name / "hash" / "a.png").write_bytes(b"a picture")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    alive = tmp_path / "ttame-space-alive"
+    alive.mkdir()
+    os.utime(alive, (0, 0))
+    sweeper = Sweeper(alive)
+    sweeper.start()
+    time.sleep(1.2)
+    sweep_dead(tmp_path)
+    sweeper.stopped.set()
+    assert {folder.name for folder in tmp_path.iterdir()} == {"ttame-space-young", "ttame-space-alive", "other"}
 
 
 def test_only_the_folder_of_uploads_is_opened_and_emptied(tmp_path, photo):
@@ -255,7 +299,7 @@ def test_passes_are_served_one_by_one_in_order(explainer):
 
 
 def test_names_that_are_no_explainer(folder, vit_folder, tmp_path):
-    home, public = Explainers(allow_folders=True), Explainers(allow_folders=False)
+    home, public = Explainers(at_home=True), Explainers(at_home=False)
     with pytest.raises(ValueError, match="no explainer, but a model of type 'vit'"):
         home.get(str(vit_folder))
     with pytest.raises(ValueError, match="no explainer"):
@@ -296,6 +340,72 @@ def test_the_explainer_that_was_longest_unused_is_let_go(folder, tmp_path, photo
     assert len(sessions) == 2
     with pytest.raises(ValueError, match="no picture"):
         sessions.find(str(names[1]))
+
+
+def test_who_mistypes_a_name_evicts_nobody_and_the_owners_explainer_stays(folder, tmp_path):
+    names = [str(tmp_path / str(number)) for number in range(5)]
+    for name in names:
+        Path(name).symlink_to(folder)
+    gone: list[Explainer] = []
+    explainers = Explainers(True, forgotten=gone.append)
+    explainers.get(names[0], trusted=True)
+    for name in names[1:3]:
+        explainers.get(name)
+    for wrong, words in {"abc": "Hub id", "nobody/nothing": "no explainer", str(tmp_path): "no explainer"}.items():
+        with pytest.raises(ValueError, match=words):
+            explainers.get(wrong)
+    assert gone == []
+    for name in names[3:]:
+        explainers.get(name)
+    assert [explainer.name for explainer in gone] == names[1:3]
+
+
+def test_who_gives_a_picture_does_not_wait_for_an_explainer_that_loads(handlers, folder):
+    handlers.explainers.get(str(folder))
+    with handlers.explainers._loading:
+        assert "stage" in handlers.example("me", "example", str(folder), 55, "spectrum")
+        answer = handlers.example("me", "example", f"{folder}/.", 55, "spectrum")
+    assert "being loaded; try again" in answer["notice"]
+
+
+_FROM_THE_HUB = """
+from hf_ttame.space.explainers import Explainers
+
+home, public = Explainers(True), Explainers(False)
+print(public.get("org/open").model.config.num_labels, flush=True)
+input()
+print(home.get("org/closed").model.config.num_labels)
+try:
+    public.get("org/closed")
+except ValueError as error:
+    print(error)
+print(public.get("org/closed", trusted=True).model.config.num_labels)
+"""
+
+
+def test_explainers_of_the_hub_and_whose_token_is_sent(folder, tmp_path):
+    with running_hub() as hub:
+        hub.put("org/open", folder)
+        hub.put("org/closed", folder, private=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", _FROM_THE_HUB],
+            env=hub.environment(tmp_path / "home", PYTHONPATH=str(ROOT)),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        sent = set(hub.authorizations)
+        rest, errors = process.communicate("\n", timeout=120)
+        assert process.returncode == 0, errors
+        assert first == "7\n"
+        assert sent == {""}  # what a stranger typed is asked for without the owner's token
+        home, refused, trusted = rest.splitlines()
+        assert home == trusted == "7"
+        assert hub.authorizations == {"", f"Bearer {TOKEN}"}
+        assert "there is no explainer 'org/closed'" in refused  # though the owner's copy lies in the cache
 
 
 def test_sessions_end_by_number_silence_and_leaving(analysis):
@@ -342,7 +452,7 @@ def test_a_visit(handlers, folder, photo):
     session = handlers.sessions.find("me")
     assert set(shown) == {"bars", "stage", "notice", "pair", "first", "second"}
     assert shown["bars"].count('aria-pressed="true"') == 1
-    assert shown["first"] == ([(session.analysis.label(i), str(i)) for i in session.analysis.top], shown["first"][1])
+    assert shown["first"] == ([(session.analysis.label(i), i) for i in session.analysis.top], shown["first"][1])
     measured = handlers.measure("me", 30, "spectrum")
     assert "Only the top 30 %" in measured["test"]
     assert "RISE takes one pass per mask" in measured["methods"]
@@ -398,6 +508,7 @@ def test_bad_wishes_are_answered_in_words(handlers, folder, tmp_path):
         assert "Traceback" not in answer["notice"]
         assert answer.get("picture") is None
     assert (tmp_path / "example.png").exists()
+    assert "Hub id" in handlers.example("me", "example", None, *look)["notice"]  # the field was emptied
     assert handlers.upload("me", None, name, *look) == {}
     assert handlers.measure("me", 50, "spectrum") == {}
     handlers.arm_rise("me", stop=True)
@@ -445,18 +556,69 @@ def test_what_comes_late_does_not_overwrite_what_is_shown(handlers, folder):
     assert handlers.measure("me", 50, "spectrum")
 
 
-def test_labels_have_no_power(handlers, folder):
+def test_a_late_picture_does_not_overwrite_a_newer_one(handlers, folder, tmp_path, photo):
+    look = (str(folder), 55, "spectrum")
+    handlers.examples["other"] = saved(photo(60, 50, seed=3), tmp_path / "other.png")
+    explainer = handlers.explainers.get(str(folder))
+    begun, go_on = threading.Event(), threading.Event()
+    answers: dict[str, object] = {}
+
+    def wait(*_: object) -> None:
+        begun.set()
+        go_on.wait(20)
+
+    handle = explainer.model.backbone.register_forward_pre_hook(wait)
+    old = threading.Thread(target=lambda: answers.update(old=handlers.example("me", "example", *look)))
+    new = threading.Thread(target=lambda: answers.update(new=handlers.example("me", "other", *look)))
+    old.start()
+    begun.wait(20)
+    handle.remove()
+    new.start()
+    while len(handlers.sessions._newest) != 1 or handlers.sessions._newest["me"] == 0:
+        time.sleep(0.01)  # until the second wish has come
+    go_on.set()
+    old.join()
+    new.join()
+    assert answers["old"] == {}
+    assert "60 x 50" in answers["new"]["stage"]
+    assert handlers.sessions.find("me").analysis.picture.size == (60, 50)
+    assert handlers.sessions._newest == {}  # nothing is kept of who is gone
+
+
+def test_rise_is_of_the_class_for_which_it_was_asked(handlers, folder):
     handlers.example("me", "example", str(folder), 55, "spectrum")
+    analysis = handlers.sessions.find("me").analysis
+    handlers.arm_rise("me", stop=False)
+    handlers.choose_class("me", analysis.top[2], 55, "spectrum")  # while RISE waits for its turn
+    handlers.rise("me", 32, 50, "spectrum", lambda *_: None)
+    assert analysis.rise_masks == {analysis.top[0]: 32}
+    handlers.arm_rise("me", stop=False)
+    handlers.example("me", "example", str(folder), 55, "spectrum")
+    assert handlers.rise("me", 32, 50, "spectrum", lambda *_: None) == {}  # asked for on the picture before
+
+
+def test_classes_by_number_and_names_that_look_alike(handlers, folder):
+    explainer = handlers.explainers.get(str(folder))
+    labels = explainer.model.config.id2label
+    labels |= {0: "1", 1: "0", 2: "Adenoma, tubular", 3: "Adenoma, villous", 4: "Cyst, large"}
+    shown = handlers.example("me", "example", str(folder), 55, "spectrum")
     session = handlers.sessions.find("me")
-    labels = session.analysis.explainer.model.config.id2label
-    before = labels[session.class_id]
-    labels[session.class_id] = '<img src=x onerror="alert(1)">'
-    try:
-        session.pair = (session.class_id, session.class_id)
-        parts = [views.bars(session), views.stage(session, 55, "grey"), views.pair(session, "grey")]
-        parts.append(handlers.measure("me", 50, "grey")["test"])
-    finally:
-        labels[session.class_id] = before
+    handlers.compare("me", *(class_id for _, class_id in shown["first"][0][:2]), "grey")
+    assert session.pair == tuple(session.analysis.top[:2])
+    handlers.compare("me", 0, "0", "grey")
+    assert session.pair == (0, 1)  # chosen by its number; typed, a label
+    assert [explainer.labels[i] for i in range(5)] == ["1", "0", "Adenoma, tubular", "Adenoma, villous", "Cyst"]
+    assert "no such class" not in handlers.compare("me", 0, 1, "grey")["notice"]
+    assert "neither a label nor an id" in handlers.compare("me", 0, 7, "grey")["notice"]
+
+
+def test_labels_have_no_power(handlers, folder):
+    labels = handlers.explainers.get(str(folder)).model.config.id2label
+    for class_id in labels:
+        labels[class_id] = f'<img src=x onerror="alert({class_id})">'
+    shown = handlers.example("me", "example", str(folder), 55, "spectrum")
+    parts = [shown["bars"], shown["stage"], shown["pair"], *handlers.measure("me", 50, "grey").values()]
+    assert all("&lt;img src=x" in part for part in parts[:4])
     assert not any("<img src=x" in part or 'onerror="' in part for part in parts)
 
 

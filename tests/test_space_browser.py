@@ -1,8 +1,10 @@
 """The Space in a real browser: Chromium, driven by Playwright, on a server of this process."""
 
+import base64
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,9 +29,8 @@ def server() -> Iterator[str]:
 
     with running() as page:
         yield page.local_url
-        # Everything that was uploaded lies in the server's own folder, which goes with it.
         uploads = Path(os.environ["GRADIO_TEMP_DIR"])
-        assert {file.name for file in uploads.rglob("*.*")} >= {"cat.jpg", "text.jpg"}
+        assert uploads.is_dir()
     assert not uploads.exists()
 
 
@@ -75,6 +76,17 @@ def visit(browser: "playwright_api.Browser", server: str) -> Iterator[Visit]:
 def page(visit: Visit) -> "playwright_api.Page":
     """One visitor who stays: a page takes seconds to load."""
     return visit()
+
+
+# A picture into the clipboard, as another program would put it there.
+_COPY = """async data => {
+  const bytes = Uint8Array.from(atob(data), c => c.charCodeAt(0));
+  const picture = await createImageBitmap(new Blob([bytes], {type: "image/jpeg"}));
+  const canvas = new OffscreenCanvas(picture.width, picture.height);
+  canvas.getContext("2d").drawImage(picture, 0, 0);
+  const png = await canvas.convertToBlob({type: "image/png"});
+  await navigator.clipboard.write([new ClipboardItem({"image/png": png})]);
+}"""
 
 
 def upload(page: "playwright_api.Page", path: Path) -> None:
@@ -210,6 +222,32 @@ def test_bad_files_and_names_get_words(page: "playwright_api.Page", tmp_path: Pa
     playwright_api.expect(notice).to_be_empty()
 
 
+def test_an_upload_goes_from_the_disk(page: "playwright_api.Page", tmp_path: Path) -> None:
+    from hf_ttame.space.uploads import Sweeper
+
+    sweeper = next(thread for thread in threading.enumerate() if isinstance(thread, Sweeper))
+    (tmp_path / "bad.jpg").write_text("not a picture")
+    (tmp_path / "good.jpg").write_bytes((PHOTOGRAPHS / "cat.jpg").read_bytes())
+
+    def there() -> set[str]:
+        return {file.name for file in sweeper.folder.rglob("*.*")} & {"good.jpg", "bad.jpg"}
+
+    upload(page, tmp_path / "bad.jpg")
+    playwright_api.expect(page.locator("#tt-notice")).to_contain_text("not a picture")
+    upload(page, tmp_path / "good.jpg")
+    playwright_api.expect(page.locator("#tt-notice")).to_be_empty()
+    assert there() == {"good.jpg", "bad.jpg"}  # in the server's own folder
+    page.wait_for_timeout(500)  # the answer is on its way before the file is noted as read
+    assert len(sweeper._read) >= 2
+    for key in list(sweeper._read):
+        sweeper._read[key] = 0.0  # as if half a minute had passed
+    for _ in range(50):
+        if not there():
+            break
+        page.wait_for_timeout(100)
+    assert there() == set()
+
+
 def test_two_visitors_at_once(page: "playwright_api.Page", visit: Visit) -> None:
     one, two = page, visit()
     one.locator("#tt-explainer input").fill("efficientnet-lite0")
@@ -227,6 +265,27 @@ def test_two_visitors_at_once(page: "playwright_api.Page", visit: Visit) -> None
     loaded(two, "#tt-stage")
 
 
+def test_quick_wishes_are_not_dropped(page: "playwright_api.Page", tmp_path: Path) -> None:
+    stage = page.locator("#tt-stage")
+    for name in ("rocket", "coffee"):
+        page.locator(f"[data-example={name}]").click()
+    is_shown(page, "espresso")
+    page.wait_for_timeout(1000)
+    is_shown(page, "espresso")  # and no rocket comes after it
+    for number in (1, 2):
+        page.locator(".tt-bar").nth(number).click()
+    playwright_api.expect(page.locator(".tt-bar").nth(2)).to_have_attribute("aria-pressed", "true")
+    playwright_api.expect(page.locator("#tt-test")).to_contain_text(page.locator(PRESSED).inner_text())
+    Image.open(PHOTOGRAPHS / "rocket.jpg").resize((4000, 3000)).save(tmp_path / "slow.jpg")
+    upload(page, tmp_path / "slow.jpg")
+    page.locator("[data-example=coffee]").click()
+    upload(page, PHOTOGRAPHS / "cat.jpg")
+    playwright_api.expect(stage).to_contain_text("451 x 300")
+    page.wait_for_timeout(1500)
+    playwright_api.expect(stage).to_contain_text("451 x 300")
+    playwright_api.expect(page.locator("#tt-test")).to_contain_text("Confidence in tiger cat")
+
+
 def test_on_a_phone_and_in_the_dark(visit: Visit) -> None:
     page = visit(viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True, color_scheme="dark")
     for tab in ("Two classes", "Report", "Explain"):
@@ -240,6 +299,13 @@ def test_on_a_phone_and_in_the_dark(visit: Visit) -> None:
 def test_in_the_light(page: "playwright_api.Page") -> None:
     assert brightness(page, "backgroundColor") > brightness(page, "color") + 380
     assert page.evaluate("document.documentElement.scrollWidth") <= 1280
+
+
+def test_paste(page: "playwright_api.Page") -> None:
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.evaluate(_COPY, base64.b64encode((PHOTOGRAPHS / "rocket.jpg").read_bytes()).decode())
+    page.locator("#tt-picture button[aria-label*=lipboard]").click()
+    is_shown(page, "missile")
 
 
 def brightness(page: "playwright_api.Page", what: str) -> int:

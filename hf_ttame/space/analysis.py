@@ -60,8 +60,8 @@ class Analysis:
         self._tested: dict[tuple[str, int, int], Tested] = {}
 
     def label(self, class_id: int) -> str:
-        """The first of the class's names."""
-        return str(self.explainer.model.config.id2label[class_id]).split(",")[0]
+        """The class's name, short where that is enough to tell it from the others."""
+        return self.explainer.labels[class_id]
 
     def score(self, class_id: int) -> float:
         return float(self.scores[class_id])

@@ -30,9 +30,17 @@ _QUICK: dict[str, Any] = {
     "api_visibility": "private",
     "show_progress": "hidden",
 }
+_LOADING: dict[str, Any] = {  # apart: a slow download must not keep pictures waiting
+    "concurrency_id": "loading",
+    "concurrency_limit": 1,
+    "api_visibility": "private",
+    "show_progress": "minimal",
+}
 _RISE: dict[str, Any] = {"concurrency_id": "rise", "concurrency_limit": 1, "api_visibility": "private"}
 _NOW: dict[str, Any] = {"queue": False, "api_visibility": "private"}
-_LATEST = "always_last"  # of many wishes in a row, such as a slider's
+# What becomes of a wish while the one before it is answered. Left out, gradio would drop it.
+_LATEST = "always_last"  # the last one follows; for sliders and the like: what was clicked or typed is not kept for it
+_EACH = "multiple"  # all are answered, and the handlers see to it that the last one stays
 
 
 def connect(page: gr.Blocks, parts: dict[str, Any], handlers: Handlers) -> None:
@@ -59,7 +67,7 @@ def connect(page: gr.Blocks, parts: dict[str, Any], handlers: Handlers) -> None:
         return show(handlers.example(_visitor(request), OPENING, explainer, strength, colours))
 
     def explainer(name: str, strength: int, colours: str, request: gr.Request) -> Any:
-        return show(handlers.explainer(_visitor(request), name or "", strength, colours))
+        return show(handlers.explainer(_visitor(request), name, strength, colours))
 
     def choose(strength: int, colours: str, event: gr.EventData, request: gr.Request) -> Any:
         chosen = str(event.chosen)
@@ -75,8 +83,10 @@ def connect(page: gr.Blocks, parts: dict[str, Any], handlers: Handlers) -> None:
     def recolour(keep: float, strength: int, colours: str, request: gr.Request) -> Any:
         return show(handlers.recolour(_visitor(request), keep, strength, colours))
 
-    def compare(first: str, second: str, colours: str, request: gr.Request) -> Any:
-        return show(handlers.compare(_visitor(request), first or "", second or "", colours))
+    def compare(first: Any, second: Any, colours: str, request: gr.Request) -> Any:
+        # An id can be 0.
+        first, second = ("" if wanted is None else wanted for wanted in (first, second))
+        return show(handlers.compare(_visitor(request), first, second, colours))
 
     def rise(
         masks: float, keep: float, colours: str, request: gr.Request, progress: gr.Progress = gr.Progress()
@@ -111,22 +121,25 @@ def connect(page: gr.Blocks, parts: dict[str, Any], handlers: Handlers) -> None:
             shown,
             preprocess=False,  # whatever was uploaded, the handler has words for it
             api_name="upload",
+            trigger_mode=_EACH,
             **{**_PASSES, "api_visibility": "undocumented"},
         ),
-        parts["examples"].click(example, [parts["explainer"], *look], shown, **_PASSES),
+        parts["examples"].click(example, [parts["explainer"], *look], shown, trigger_mode=_EACH, **_PASSES),
         page.load(first_example, [parts["explainer"], *look], shown, **_PASSES),
         parts["explainer"].input(
             explainer,
             [parts["explainer"], *look],
             shown,
             trigger_mode=_LATEST,
-            **{**_PASSES, "show_progress": "minimal"},
+            **_LOADING,
         ),
-        parts["bars"].click(choose, look, shown, trigger_mode=_LATEST, **_QUICK),
-        parts["other"].submit(ask, [parts["other"], *look], shown, **_QUICK),
+        parts["bars"].click(choose, look, shown, trigger_mode=_EACH, **_QUICK),
+        parts["other"].submit(ask, [parts["other"], *look], shown, trigger_mode=_EACH, **_QUICK),
     ]
-    for event in first:
-        event.then(measure, keep, measured, **_PASSES)
+    for number, event in enumerate(first):
+        # The first has a name, so that a program can measure what it uploaded, as the page does.
+        named = {} if number else {"api_name": "measure", "api_visibility": "undocumented"}
+        event.then(measure, keep, measured, trigger_mode=_LATEST, **{**_PASSES, **named})
     parts["keep"].change(measure, keep, measured, trigger_mode=_LATEST, **_PASSES)
     parts["strength"].change(None, parts["strength"], None, js=_STRENGTH)
     parts["colours"].change(

@@ -4,6 +4,7 @@ import os
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -25,6 +26,9 @@ SHIPPED = "efficientnet-lite0"
 _KEPT = 3  # explainers in memory
 _WEIGHTS = (".safetensors", ".bin")
 _LOADING_ERRORS: tuple[type[Exception], ...] = (ValueError, TypeError, *HUB_ERRORS)
+_NOT_THERE = (
+    "there is no explainer {!r} on the Hub, it is private or gated, or the Hub cannot be reached; check the name"
+)
 _MEMORY_WORDS = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
 
 
@@ -52,76 +56,99 @@ class Explainer:
         """Grad-CAM on the same backbone, made once: finding its layer costs passes. For use in `alone`."""
         return make_method("gradcam", self.model)
 
+    @cached_property
+    def labels(self) -> dict[int, str]:
+        """Class id -> the first of the class's names, or all of them where the first is another class's first, too."""
+        whole = {class_id: str(label) for class_id, label in self.model.config.id2label.items()}
+        short = {class_id: label.split(",")[0].strip() or label for class_id, label in whole.items()}
+        times = Counter(short.values())
+        return {class_id: name if times[name] == 1 else whole[class_id] for class_id, name in short.items()}
+
 
 class Explainers:
     """Loads explainers by name and keeps the last few.
 
     Args:
-        allow_folders: whether a name may be a folder of this machine. Not where strangers type the names.
+        at_home: whether only the owner can type names. Where strangers can, a name that the owner did not give is no
+            folder, and is asked of the Hub without the owner's token.
         forgotten: told of every explainer that is let go.
     """
 
-    def __init__(self, allow_folders: bool, forgotten: Callable[[Explainer], None] = lambda _: None):
-        self.allow_folders = allow_folders
+    def __init__(self, at_home: bool, forgotten: Callable[[Explainer], None] = lambda _: None):
+        self.at_home = at_home
         self.forgotten = forgotten
         self._trusted: set[str] = set()
         self._loaded: dict[str, Explainer] = {}
         self._loading = threading.Lock()
 
-    def get(self, name: str, trusted: bool = False) -> Explainer:
+    def get(self, name: str | None, trusted: bool = False, wait: bool = True) -> Explainer:
         """The explainer of this name, loaded if need be.
 
         Args:
-            name: SHIPPED, "organisation/name" on the Hub, or a folder.
-            trusted: the name comes from whoever started the Space: it may be a folder.
+            name: SHIPPED, "organisation/name" on the Hub, or a folder; None: the field is empty.
+            trusted: the name comes from whoever started the Space: it may be a folder or private, and is kept.
+            wait: for another that is being loaded; False: say so instead.
 
         Raises:
             ValueError: there is none, or it does not fit into the memory; the message says what to do.
         """
-        name = name.strip()
+        name = str(name or "").strip()
         if trusted:
             self._trusted.add(name)
-        if name not in self._loaded:  # whoever asks for one that is there does not wait for another to load
-            with self._loading:
-                if name not in self._loaded:
-                    self._make_room()
-                    self._loaded[name] = self._load(name, self.allow_folders or name in self._trusted)
-        found = self._loaded[name]
+        found = self._loaded.get(name)
+        if found is None:  # whoever asks for one that is there does not wait for another to load
+            if not self._loading.acquire(blocking=wait):
+                raise ValueError("an explainer is being loaded; try again in a moment, or choose one that is there")
+            try:
+                found = self._loaded.get(name)
+                if found is None:
+                    found = self._load(name, self.at_home or name in self._trusted)
+                    self._make_room()  # now: a name that cannot be loaded costs nobody anything
+                    self._loaded[name] = found
+            finally:
+                self._loading.release()
         found.used = time.monotonic()
         return found
 
     def _make_room(self) -> None:
-        while len(self._loaded) >= _KEPT:
-            oldest = min(self._loaded.values(), key=lambda explainer: explainer.used)
+        """Before one more: let go of those longest unused, never of the owner's."""
+        others = [explainer for explainer in self._loaded.values() if explainer.name not in self._trusted]
+        others.sort(key=lambda explainer: explainer.used)
+        for oldest in others[: max(0, len(self._loaded) - _KEPT + 1)]:
             del self._loaded[oldest.name]
             self.forgotten(oldest)
 
-    def _load(self, name: str, folders: bool) -> Explainer:
+    def _load(self, name: str, by_owner: bool) -> Explainer:
         if name == SHIPPED:
             model = TTameModel.from_pretrained(EXPLAINER, backbone=load_efficientnet_lite0(), strict=True)
             return Explainer(name, _on_device(model), _shipped_figures())
         if os.path.isdir(name):
-            if not folders:
+            if not by_owner:
                 raise ValueError("folders of this machine are not opened here; give a Hub id, 'organisation/name'")
         else:
             _check_hub_id(name)
-        facts = _config(name)
+        token = None if by_owner else False  # None: the one that is stored on this machine
+        if not by_owner:
+            _check_public(name)
+        facts = _config(name, token)
         if facts.get("model_type") != "ttame":
             raise ValueError(
                 f"{name!r} is no explainer, but a model of type {facts.get('model_type') or 'unknown'!r}; make one "
                 "for this classifier with `ttame train` and publish it with `ttame push`"
             )
-        _check_memory(name, facts)
+        if not by_owner and facts.get("backbone") and not facts.get("backbone_included"):
+            _check_public(str(facts["backbone"]))
+        _check_memory(name, facts, token)
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", UserWarning)
-                model = TTameModel.from_pretrained(name)
+                model = TTameModel.from_pretrained(name, token=token)
         except _LOADING_ERRORS as error:
             if is_memory_error(error):
                 raise
             raise ValueError(f"{name!r} cannot be loaded: {error}") from error
         remarks = tuple(str(w.message) for w in caught if "fingerprint" in str(w.message))
-        return Explainer(name, _on_device(model), _figures(name), remarks)
+        return Explainer(name, _on_device(model), _figures(name, token), remarks)
 
 
 def is_memory_error(error: BaseException) -> bool:
@@ -159,28 +186,36 @@ def _check_hub_id(name: str) -> None:
         raise ValueError(f"{name!r} is no Hub id: {error}") from error
 
 
-def _config(name: str) -> dict[str, Any]:
+def _check_public(name: str) -> None:
+    """Raise ValueError where not everybody may read it: the cache would still give what the owner once fetched."""
+    try:
+        info = HfApi(token=False).model_info(name)
+    except _LOADING_ERRORS as error:
+        raise ValueError(_NOT_THERE.format(name)) from error
+    if info.private or info.gated:
+        raise ValueError(_NOT_THERE.format(name))
+
+
+def _config(name: str, token: bool | None) -> dict[str, Any]:
     """The config alone: whether it is an explainer must be known before gigabytes are fetched."""
     try:
-        facts, _ = PretrainedConfig.get_config_dict(name)
+        facts, _ = PretrainedConfig.get_config_dict(name, token=token)
     except HUB_ERRORS as error:
         if os.path.isdir(name):
             raise ValueError(
                 f"the folder {name!r} holds no explainer: it has no config.json that can be read"
             ) from error
-        raise ValueError(
-            f"there is no explainer {name!r} on the Hub, it is private, or the Hub cannot be reached; check the name"
-        ) from error
+        raise ValueError(_NOT_THERE.format(name)) from error
     return facts
 
 
-def _check_memory(name: str, facts: dict[str, Any]) -> None:
+def _check_memory(name: str, facts: dict[str, Any], token: bool | None) -> None:
     """Raise ValueError where the weights alone are more than the memory has: loading them would end the process."""
     left = memory_left()
     if left is None:
         return
     places = [name] if facts.get("backbone_included") or not facts.get("backbone") else [name, facts["backbone"]]
-    needed = sum(map(_weight_bytes, places))
+    needed = sum(_weight_bytes(place, token) for place in places)
     if needed > left // 2:  # float32 in memory, and what a pass needs
         raise ValueError(
             f"{name!r} needs {needed / 1e9:.1f} GB for its weights and as much again to run, and this machine has "
@@ -188,12 +223,12 @@ def _check_memory(name: str, facts: dict[str, Any]) -> None:
         )
 
 
-def _weight_bytes(place: str) -> int:
+def _weight_bytes(place: str, token: bool | None) -> int:
     if os.path.isdir(place):
         files = [(file.name, file.stat().st_size) for file in Path(place).rglob("*") if file.is_file()]
     else:
         try:
-            listed = HfApi().model_info(place, files_metadata=True).siblings or []
+            listed = HfApi(token=token).model_info(place, files_metadata=True).siblings or []
         except _LOADING_ERRORS:
             return 0  # offline with a full cache
         files = [(file.rfilename, file.size or 0) for file in listed]
@@ -201,11 +236,12 @@ def _weight_bytes(place: str) -> int:
     return max(sum(size for name, size in files if name.endswith(kind)) for kind in _WEIGHTS)
 
 
-def _figures(name: str) -> Path:
+def _figures(name: str, token: bool | None) -> Path:
     """The folder with the config and the figures of an explainer; of the Hub's, only these files are fetched."""
     if os.path.isdir(name):
         return Path(name)
-    return Path(snapshot_download(name, allow_patterns=["*.json"], ignore_patterns=["*/*", "*.index.json"]))
+    ignored = ["*/*", "*.index.json"]
+    return Path(snapshot_download(name, token=token, allow_patterns=["*.json"], ignore_patterns=ignored))
 
 
 def _shipped_figures() -> Path:

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from ..saving import HUB_ERRORS
 from . import views
 from .analysis import Analysis, Tested
-from .explainers import Explainers, is_memory_error
+from .explainers import Explainer, Explainers, is_memory_error
 from .report import report
 from .sessions import Session, Sessions
 from .uploads import Sweeper, open_picture, read_upload
@@ -67,51 +69,94 @@ class Handlers:
             analysis.test("gradcam", analysis.top[0], 50)
 
     def upload(
-        self, visitor: str, file: dict[str, Any] | None, explainer: str, strength: int, colours: str
+        self, visitor: str, file: dict[str, Any] | None, explainer: str | None, strength: int, colours: str
     ) -> Content:
         """An upload, a paste or a photo of the webcam. The field is emptied again, whatever happens."""
         if not file or not file.get("path"):
             return {}
         path = Path(file["path"])
-        found = self._upload(visitor, path, explainer, strength, colours)
-        if path.resolve().is_relative_to(self.sweeper.folder.resolve()):
-            self.sweeper.was_read(path)
+        try:
+            found = self._upload(visitor, lambda: read_upload(path, self.sweeper.folder), explainer, strength, colours)
+        finally:
+            if path.resolve().is_relative_to(self.sweeper.folder.resolve()):
+                self.sweeper.was_read(path)
         return {**found, "picture": None}
 
-    @in_words
-    def _upload(self, visitor: str, path: Path, explainer: str, strength: int, colours: str) -> Content:
-        picture, remark = read_upload(path, self.sweeper.folder)
-        analysis = Analysis(self.explainers.get(explainer), picture)
-        return self._begin(visitor, analysis, remark, strength, colours)
-
-    @in_words
-    def example(self, visitor: str, name: str, explainer: str, strength: int, colours: str) -> Content:
+    def example(self, visitor: str, name: str, explainer: str | None, strength: int, colours: str) -> Content:
         """One of the photographs that are there."""
+        return self._upload(visitor, lambda: self._example(name), explainer, strength, colours)
+
+    def _example(self, name: str) -> tuple[Image.Image, str]:
         if name not in self.examples:
             raise ValueError(f"there is no example {name!r}; there are {', '.join(self.examples)}")
-        picture, _ = open_picture(self.examples[name])
-        return self._begin(visitor, Analysis(self.explainers.get(explainer), picture), "", strength, colours)
+        return open_picture(self.examples[name])
+
+    def _upload(
+        self,
+        visitor: str,
+        read: Callable[[], tuple[Image.Image, str]],
+        explainer: str | None,
+        strength: int,
+        colours: str,
+    ) -> Content:
+        with self.sessions.wish(visitor) as newest:
+            shown = self._new(visitor, read, explainer, strength, colours, newest)
+            return shown if newest() else {}  # words about an older wish would be misread, too
 
     @in_words
-    def explainer(self, visitor: str, name: str, strength: int, colours: str) -> Content:
+    def _new(
+        self,
+        visitor: str,
+        read: Callable[[], tuple[Image.Image, str]],
+        explainer: str | None,
+        strength: int,
+        colours: str,
+        newest: Callable[[], bool],
+    ) -> Content:
+        picture, remark = read()
+        chosen = self.explainers.get(explainer, wait=False)  # one that loads must not keep all pictures waiting
+        return self._begin(visitor, chosen, picture, remark, strength, colours, newest)
+
+    def explainer(self, visitor: str, name: str | None, strength: int, colours: str) -> Content:
         """Another explainer, for the same picture where there is one."""
+        with self.sessions.wish(visitor) as newest:
+            return self._explainer(visitor, name, strength, colours, newest)
+
+    @in_words
+    def _explainer(
+        self, visitor: str, name: str | None, strength: int, colours: str, newest: Callable[[], bool]
+    ) -> Content:
         chosen = self.explainers.get(name)
         try:
             picture = self.sessions.find(visitor).analysis.picture
         except ValueError:
             return {"notice": "", "report": report(chosen)}
-        shown = self._begin(visitor, Analysis(chosen, picture), "", strength, colours)
-        return {**shown, "report": report(chosen)}
+        return {**self._begin(visitor, chosen, picture, "", strength, colours, newest), "report": report(chosen)}
 
-    def _begin(self, visitor: str, analysis: Analysis, remark: str, strength: int, colours: str) -> Content:
+    def _begin(
+        self,
+        visitor: str,
+        explainer: Explainer,
+        picture: Image.Image,
+        remark: str,
+        strength: int,
+        colours: str,
+        newest: Callable[[], bool],
+    ) -> Content:
+        if not newest():
+            return {}  # no pass for what nobody waits for
+        analysis = Analysis(explainer, picture)
+        if not newest():
+            return {}
         session = self.sessions.begin(visitor, analysis)
-        choices = [(analysis.label(class_id), str(class_id)) for class_id in analysis.top]
+        # The ids as numbers: text would be taken for a name, and a class may be called "1".
+        choices = [(analysis.label(class_id), class_id) for class_id in analysis.top]
         return {
             **self._shown(session, strength, colours),
             "notice": views.notice(remark, "remark"),
             "pair": views.pair(session, colours),
-            "first": (choices, str(session.pair[0])),
-            "second": (choices, str(session.pair[1])),
+            "first": (choices, session.pair[0]),
+            "second": (choices, session.pair[1]),
         }
 
     def _shown(self, session: Session, strength: int, colours: str) -> Content:
@@ -138,8 +183,9 @@ class Handlers:
         return {**self._shown(session, strength, colours), "other": ""}
 
     @staticmethod
-    def _resolve(session: Session, name: str) -> int:
-        return int(session.analysis.explainer.model.resolve_classes(str(name)[:200])[0])
+    def _resolve(session: Session, name: str | int) -> int:
+        wanted = name if isinstance(name, int) else str(name)[:200]
+        return int(session.analysis.explainer.model.resolve_classes(wanted)[0])
 
     @in_words
     def measure(self, visitor: str, keep: float, colours: str) -> Content:
@@ -176,8 +222,8 @@ class Handlers:
         return {"stage": stage, "pair": pair, **self.measure(visitor, keep, colours)}
 
     @in_words
-    def compare(self, visitor: str, first: str, second: str, colours: str) -> Content:
-        """Two classes of the picture side by side: no pass of the backbone."""
+    def compare(self, visitor: str, first: str | int, second: str | int, colours: str) -> Content:
+        """Two classes of the picture side by side, ids or names that were typed: no pass of the backbone."""
         session = self.sessions.find(visitor)
         session.pair = (self._resolve(session, first), self._resolve(session, second))
         return {"notice": "", "pair": views.pair(session, colours)}
@@ -186,20 +232,26 @@ class Handlers:
     def rise(
         self, visitor: str, masks: float, keep: float, colours: str, progress: Callable[[int, int], None]
     ) -> Content:
-        """RISE's map of the class that is shown; ends early where it is stopped or another picture comes."""
+        """RISE's map of the class for which it was asked; ends early where it is stopped or another picture comes."""
         session = self.sessions.find(visitor)
+        if session.rise_class is None:
+            return {}  # asked for on another picture
         masks = min(max(int(masks), 1), MAX_MASKS)
-        done = session.analysis.run_rise(session.class_id, masks, progress, session.stop.is_set)
+        done = session.analysis.run_rise(session.rise_class, masks, progress, session.stop.is_set)
         if not self.sessions.holds(visitor, session):
             return {}
         stopped = f"RISE was stopped after {done:,d} of {masks:,d} masks." if done < masks else ""
         return {"notice": views.notice(stopped, "remark"), **self.measure(visitor, keep, colours)}
 
     def arm_rise(self, visitor: str, stop: bool) -> None:
-        """Before RISE is put in the queue: it may run. With `stop`: it shall not, or no longer."""
+        """Before RISE is put in the queue: it may run, for the class that is shown. With `stop`: it may not."""
         with contextlib.suppress(ValueError):  # no picture, nothing runs
-            flag = self.sessions.find(visitor).stop
-            flag.set() if stop else flag.clear()
+            session = self.sessions.find(visitor)
+            if stop:
+                session.stop.set()
+            else:
+                session.rise_class = session.class_id
+                session.stop.clear()
 
 
 def _percent(keep: float) -> int:

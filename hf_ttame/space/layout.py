@@ -45,8 +45,9 @@ def build(handlers: Handlers, models: Sequence[str]) -> gr.Blocks:
                     first = handlers.explainers.get(models[0], trusted=True)
                     parts["report"] = gr.Markdown(report(first), elem_id="tt-report")
         gr.HTML(
-            "<footer class='tt-footer'>Pictures stay in this server's memory while you look at them, and nowhere "
-            "else. A map shows what this classifier used, not what is true.</footer>"
+            "<footer class='tt-footer'>An upload lies in a temporary folder of this server until half a minute after "
+            "it was read, or for five minutes if it never was; then in memory only, while you look at it. A map shows "
+            "what this classifier used, not what is true.</footer>"
         )
         connect(page, parts, handlers)
     return page.queue(max_size=64, api_open=False)
@@ -72,7 +73,7 @@ def _picture_parts(parts: dict[str, Any], handlers: Handlers, models: Sequence[s
         label="Another class", placeholder="Name or number, then Enter", max_lines=1, elem_id="tt-other"
     )
     names = {SHIPPED: "EfficientNet-Lite0 (shipped)"}
-    local = ", or a folder" if handlers.explainers.allow_folders else ""
+    local = ", or a folder" if handlers.explainers.at_home else ""
     parts["explainer"] = gr.Dropdown(
         [(names.get(name, name), name) for name in models],
         value=models[0],

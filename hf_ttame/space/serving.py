@@ -16,7 +16,7 @@ from .handlers import Handlers
 from .layout import build
 from .routes import picture_routes
 from .sessions import Sessions
-from .uploads import MAX_BYTES, Sweeper
+from .uploads import MAX_BYTES, PREFIX, Sweeper, sweep_dead
 
 _FILES = Path(__file__).parent
 
@@ -48,44 +48,51 @@ def running(model: str = SHIPPED, host: str | None = None, port: int | None = No
     # gradio would sum up all its past events again after each one, for a page of statistics that is off here.
     os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", "1000000000")
     os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "100")
-    with tempfile.TemporaryDirectory(prefix="ttame-space-", ignore_cleanup_errors=True) as folder:
+    sweep_dead()
+    with tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # of uploads; gradio reads it whenever it needs it
         sessions = Sessions()
-        explainers = Explainers(at_home, forgotten=sessions.forget_explainer)
-        explainers.get(model, trusted=True)
-        examples = {file.stem: file for file in sorted(PHOTOGRAPHS.glob("*.jpg"))}
         sweeper = Sweeper(Path(folder), also=sessions.forget)
-        handlers = Handlers(explainers, sessions, sweeper, examples)
-        handlers.warm_up(model)
-        page = build(handlers, [model] if model == SHIPPED else [model, SHIPPED])
-        sweeper.start()
+        sweeper.start()  # first: loading an explainer can take longer than an unused folder may stay
+        page = None
         try:
-            page.launch(
-                server_name=host,
-                server_port=port,
-                quiet=True,
-                prevent_thread_lock=True,
-                theme=_theme(),
-                css_paths=_FILES / "style.css",
-                app_kwargs={"routes": picture_routes(sessions)},
-                max_file_size=MAX_BYTES,
-                state_session_capacity=256,
-                footer_links=[],
-                run_history=False,
-                enable_monitoring=False,
-                mcp_server=False,
-                ssr_mode=False,
-                pwa=False,
-                share=False,
-            )
-        except OSError as error:
-            raise OSError(f"port {port or 'in the range of gradio'} is taken; give another with --port") from error
-        else:
+            explainers = Explainers(at_home, forgotten=sessions.forget_explainer)
+            explainers.get(model, trusted=True)
+            examples = {file.stem: file for file in sorted(PHOTOGRAPHS.glob("*.jpg"))}
+            handlers = Handlers(explainers, sessions, sweeper, examples)
+            handlers.warm_up(model)
+            page = build(handlers, [model] if model == SHIPPED else [model, SHIPPED])
+            _launch(page, sessions, host, port)
             yield page
         finally:
             sweeper.stopped.set()
-            page.close(verbose=False)
+            if page is not None:
+                page.close(verbose=False)
             del os.environ["GRADIO_TEMP_DIR"]
+
+
+def _launch(page: gr.Blocks, sessions: Sessions, host: str | None, port: int | None) -> None:
+    try:
+        page.launch(
+            server_name=host,
+            server_port=port,
+            quiet=True,
+            prevent_thread_lock=True,
+            theme=_theme(),
+            css_paths=_FILES / "style.css",
+            app_kwargs={"routes": picture_routes(sessions)},
+            max_file_size=MAX_BYTES,
+            state_session_capacity=256,
+            footer_links=[],
+            run_history=False,
+            enable_monitoring=False,
+            mcp_server=False,
+            ssr_mode=False,
+            pwa=False,
+            share=False,
+        )
+    except OSError as error:
+        raise OSError(f"port {port or 'in the range of gradio'} is taken; give another with --port") from error
 
 
 def _theme() -> gr.themes.Base:

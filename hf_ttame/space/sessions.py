@@ -1,8 +1,11 @@
 """Who looks at what: one analysis per visitor, in memory only, and not for long."""
 
+import itertools
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from .analysis import Analysis
@@ -14,14 +17,15 @@ class Session:
     """One visitor's picture.
 
     class_id: what is shown. pair: the two classes of the comparison. asked: classes that were typed, beside the top
-    ones. stop: set to end a RISE that runs. used: when the visitor last asked for anything. left: when the connection
-    ended, None while it stands.
+    ones. rise_class: the class for which RISE was asked. stop: set to end a RISE that runs. used: when the visitor
+    last asked for anything. left: when the connection ended, None while it stands.
     """
 
     analysis: Analysis
     class_id: int
     pair: tuple[int, int]
     asked: list[int] = field(default_factory=list)
+    rise_class: int | None = None
     stop: threading.Event = field(default_factory=threading.Event)
     used: float = field(default_factory=time.monotonic)
     left: float | None = None
@@ -41,10 +45,27 @@ class Sessions:
         self.silent = silent
         self.gone = gone
         self._by_visitor: OrderedDict[str, Session] = OrderedDict()
+        self._numbers = itertools.count()
+        self._newest: dict[str, int] = {}  # of the wishes for another picture
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._by_visitor)
+
+    @contextmanager
+    def wish(self, visitor: str) -> Iterator[Callable[[], bool]]:
+        """While another picture is made for a visitor: whether it is still the last one that was asked for.
+
+        What takes long can come after what was asked for later, and must not overwrite it.
+        """
+        with self._lock:
+            number = self._newest[visitor] = next(self._numbers)
+        try:
+            yield lambda: self._newest.get(visitor) == number
+        finally:
+            with self._lock:
+                if self._newest.get(visitor) == number:
+                    del self._newest[visitor]
 
     def begin(self, visitor: str, analysis: Analysis) -> Session:
         """A new picture: the visitor's earlier one is forgotten, and whatever runs on it stops."""

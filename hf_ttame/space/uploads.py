@@ -1,7 +1,9 @@
-"""From an uploaded file to a picture: what is accepted, in words where it is not, and nothing stays on disk."""
+"""From an uploaded file to a picture: what is accepted, in words where not, and nothing stays on disk for long."""
 
 import contextlib
 import os
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -9,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from ..image_processing import MAX_PIXELS, load_image
+from ..image_processing import DECODER_ERRORS, MAX_PIXELS, load_image
 
 MAX_BYTES = 30 << 20
 WORKING_SIDE = 1280  # pixels of the longer side; larger pictures are scaled down before anything else
@@ -19,6 +21,7 @@ FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 _ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")  # an MPO has several frames too, but they are previews
 _SMALLER = "save the picture smaller"
 LEFT_OVER = 300.0  # seconds after which an upload that nobody asked for is deleted
+PREFIX = "ttame-space-"  # of the server's folder for uploads, among the temporary ones
 
 
 def read_upload(path: Path, folder: Path) -> tuple[Image.Image, str]:
@@ -60,7 +63,7 @@ def open_picture(path: Path) -> tuple[Image.Image, str]:
             "this is not a picture that can be opened, whatever its name says; give a JPEG, PNG, WebP, GIF, BMP, TIFF "
             "or AVIF"
         ) from error
-    except (OSError, SyntaxError, EOFError) as error:
+    except DECODER_ERRORS as error:
         raise ValueError("the picture's file is damaged or cut off; save or send it again") from error
     if min(picture.size) < MIN_SIDE:
         raise ValueError(
@@ -76,7 +79,7 @@ class Sweeper(threading.Thread):
 
     What was read is deleted a little later: the browser shows an upload for a moment, and the server puts the same
     picture of two visitors into the same place. What nobody asked for, such as an upload that was cut off, is deleted
-    after LEFT_OVER seconds.
+    after LEFT_OVER seconds. The folder's own time is kept new, so that others see that its server is alive.
 
     Args:
         folder: the server's folder for uploads.
@@ -100,6 +103,8 @@ class Sweeper(threading.Thread):
     def run(self) -> None:
         while not self.stopped.wait(1.0):
             now = time.monotonic()
+            with contextlib.suppress(OSError):
+                os.utime(self.folder)
             for path, node in [key for key, due in list(self._read.items()) if due <= now]:
                 del self._read[path, node]
                 with contextlib.suppress(OSError):  # gone, or its folder is not empty
@@ -120,3 +125,17 @@ def sweep(folder: Path, age: float) -> None:
                     file.unlink()
             if old and place != str(folder) and not os.listdir(place):
                 os.rmdir(place)
+
+
+def sweep_dead(place: Path | None = None) -> None:
+    """Delete the folders for uploads that servers left behind which were killed.
+
+    Args:
+        place: where they lie; None: the folder for temporary files.
+    """
+    for folder in Path(place or tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):  # gone, or not ours
+            facts = folder.lstat()
+            ours = not hasattr(os, "getuid") or facts.st_uid == os.getuid()
+            if ours and not folder.is_symlink() and time.time() - facts.st_mtime > LEFT_OVER:
+                shutil.rmtree(folder, ignore_errors=True)
