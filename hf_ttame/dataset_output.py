@@ -143,8 +143,8 @@ class Output:
             wanted = source.rows_in(unit, ends.get(unit.shard) == unit.block)
             if wanted is not None and found["read"] != wanted:
                 raise ValueError(
-                    f"{str(file)!r} is not complete: {found['read']} of {wanted} rows of the dataset were read; delete "
-                    "it and run the same command again"
+                    f"{str(file)!r} is not complete: {found['read']} of {wanted} rows of the dataset were read; "
+                    "delete it and run the same command again"
                 )
             rows, read, broken = rows + file_rows, read + found["read"], broken + len(found["unreadable"])
             unreadable += [Unreadable(*entry) for entry in found["unreadable"][: _LISTED - len(unreadable)]]

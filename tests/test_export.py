@@ -1,6 +1,9 @@
 """The exported graph: equal to PyTorch, complete in itself, and refused in words where it cannot be."""
 
+import copy
+import io
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,7 +28,7 @@ from transformers import (
 )
 
 from hf_ttame import TTameModel
-from hf_ttame.export_facts import describe_preprocessing
+from hf_ttame.export_facts import FORMAT, describe_preprocessing
 from hf_ttame.image_processing import load_image, measure_normalisation
 
 pytest.importorskip("onnx")
@@ -33,6 +36,7 @@ pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 from hf_ttame.export import ExplainerGraph, export_onnx  # noqa: E402
+from hf_ttame.export_int8 import agree  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 PHOTOGRAPHS = sorted((ROOT / "hf_ttame" / "assets" / "photographs").glob("*.jpg"))
@@ -197,6 +201,39 @@ def test_int8_says_how_far_it_agrees(cnn: TTameModel, photo: Callable[..., Image
     assert "ttame" in metadata
 
 
+@pytest.mark.parametrize(("bias", "kind"), [(40, "left_out"), (4, "compared")])
+def test_flat_maps_are_counted_and_not_called_equal(cnn: TTameModel, bias: float, kind: str, tmp_path: Path) -> None:
+    """A sigmoid that is saturated everywhere: float32 does not say what the map is."""
+    flat = copy.deepcopy(cnn)
+    with torch.no_grad():
+        flat.head.fuser.bias.add_(bias)
+    report = export_onnx(flat, tmp_path / "x.onnx", classes="all")
+    count = (1 + len(PHOTOGRAPHS)) * CLASSES  # the first picture runs alone too
+    assert report.maps == {"compared": 0, "faint": 0, "left_out": 0, kind: count}
+    assert (report.differences["maps"] is None) == (kind == "left_out")
+    assert report.differences["map_logits"] is not None
+    assert report.differences["map_logits"] < 1e-3
+    text = report.facts.read_text()
+    assert "NaN" not in text
+    assert json.loads(text)["check"]["maps"] == report.maps
+    agreement = agree(report.path, report.path, [{"pixel_values": noise(flat, 2)}], 2)
+    assert (agreement["map_correlation"], agreement["maps_left_out"]) == (
+        (None, 2 * CLASSES) if kind == "left_out" else (1.0, 0)
+    )
+
+
+def test_a_json_file_of_somebody_else_is_not_replaced(cnn: TTameModel, tmp_path: Path) -> None:
+    beside = tmp_path / "x.json"
+    for content in ('{"mine": 1}', "words", '["format"]'):
+        beside.write_text(content)
+        with pytest.raises(ValueError, match=r"x.json' would be replaced .* choose another name"):
+            export_onnx(cnn, tmp_path / "x.onnx")
+        assert beside.read_text() == content
+    beside.write_text(json.dumps({"format": FORMAT}))
+    export_onnx(cnn, tmp_path / "x.onnx", check=PHOTOGRAPHS[:1])
+    assert json.loads(beside.read_text())["labels"]
+
+
 def test_unreadable_pictures_of_the_check_are_counted(cnn: TTameModel, tmp_path: Path) -> None:
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"no picture")
@@ -275,6 +312,18 @@ def test_torch_export_and_compile(cnn: TTameModel, tmp_path: Path) -> None:
         torch.testing.assert_close(expected[2], reference.map_logits, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
+@torch.no_grad()
+def test_torch_compile_with_its_own_backend(cnn: TTameModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    pixel_values = noise(cnn, 2)
+    expected = cnn(pixel_values)
+    found = torch.compile(copy.deepcopy(cnn))(pixel_values)
+    torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.map_logits, expected.map_logits, atol=1e-4, rtol=1e-4)
+    assert list(tmp_path.iterdir())  # something was compiled
+
+
 def test_what_is_no_explainer_is_named(vit_folder: Path) -> None:
     with pytest.raises(ValueError, match=r"this is no explainer: its .* of the kind 'vit'"):
         TTameModel.from_pretrained(vit_folder)
@@ -322,6 +371,32 @@ def test_the_example_refuses_other_files_in_words(tmp_path: Path) -> None:
     assert "serve_onnx: " in done.stderr
     assert "cannot be opened" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_example_decodes_no_dangerous_picture(tmp_path: Path) -> None:
+    """A thin line, a huge one, a format drawn by another program, a damaged AVIF: refused in words."""
+    sys.path.insert(0, str(SERVE.parent))
+    try:
+        import serve_onnx
+    finally:
+        sys.path.remove(str(SERVE.parent))
+    files = {}
+    for name, size in (("thin", (20_000, 1)), ("huge", (10_001, 10_000))):
+        files[name] = io.BytesIO()
+        Image.new("1", size).save(files[name], "PNG")
+    files["eps"] = io.BytesIO()
+    Image.new("L", (8, 8)).save(files["eps"], "EPS")
+    words = {"thin": "over 100 times", "huge": "10001 x 10000 pixels", "eps": "none of JPEG, PNG"}
+    if "AVIF" in serve_onnx.FORMATS:
+        good = io.BytesIO()
+        Image.effect_noise((64, 64), 90).save(good, "AVIF")
+        content = good.getvalue()
+        files["avif"] = io.BytesIO(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
+        words["avif"] = ""
+    for name, file in files.items():
+        with pytest.raises(ValueError, match=f"the picture cannot be read: .*{words[name]}"):
+            serve_onnx.open_picture(io.BytesIO(file.getvalue()))
+    assert serve_onnx.open_picture(PHOTOGRAPHS[0]).mode == "RGB"
 
 
 def test_the_command(ttame: Callable[..., Any], cnn: TTameModel, tmp_path: Path) -> None:
