@@ -263,7 +263,11 @@ def _digest(path: Path, found: datasets.Dataset | list[Path]) -> str:
     digest = hashlib.sha256()
     for file in found:
         name = file.relative_to(path).as_posix() if path.is_dir() else file.name
-        digest.update(f"{name}\n{file.stat().st_size}\n".encode())  # not the time: a copied dataset is the same one
+        try:
+            size = file.stat().st_size  # not the time too: a copied dataset is the same one
+        except OSError:
+            size = -1  # a link that leads nowhere is one unreadable picture
+        digest.update(f"{name}\n{size}\n".encode())
     return digest.hexdigest()[:32]
 
 
