@@ -24,7 +24,9 @@ MAX_PIXELS = 100_000_000  # a larger picture is refused before it is decoded
 MAX_ASPECT = 100  # the shorter side is scaled up to the graph's input: a thin line would fill the memory
 Image.init()
 # Pillow opens many more; EPS it hands to Ghostscript. AVIF and WebP are missing in some builds.
-FORMATS: list[str] = [name for name in ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM") if name in Image.OPEN]
+FORMATS: list[str] = [
+    name for name in ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM") if name in Image.OPEN
+]
 COLOURS = np.array([(36, 23, 99), (43, 99, 227), (38, 190, 214), (108, 226, 106), (240, 216, 58), (239, 107, 36)])
 
 
