@@ -4,7 +4,6 @@ import copy
 import importlib
 import io
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -310,18 +309,6 @@ def test_torch_export_and_compile(cnn: TTameModel, tmp_path: Path) -> None:
         torch.testing.assert_close(compiled(*inputs), expected)
         reference = cnn(*inputs)  # with the head as it is stored
         torch.testing.assert_close(expected[2], reference.map_logits, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
-@torch.no_grad()
-def test_torch_compile_with_its_own_backend(cnn: TTameModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    pixel_values = noise(cnn, 2)
-    expected = cnn(pixel_values)
-    found = torch.compile(copy.deepcopy(cnn))(pixel_values)
-    torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(found.map_logits, expected.map_logits, atol=1e-4, rtol=1e-4)
-    assert list(tmp_path.iterdir())  # something was compiled
 
 
 def test_what_is_no_explainer_is_named(vit_folder: Path) -> None:

@@ -170,19 +170,6 @@ def test_bad_files_get_words(page: Any, name: str, content: bytes, words: str) -
     page.wait_for_function("() => document.getElementById('status').textContent.startsWith('One pass')")
 
 
-def test_a_failed_load_is_said_again_for_a_picture(site: str, context: Any) -> None:
-    page = context.new_page()
-    page.route("**/explainer.onnx", lambda route: route.fulfill(status=503))
-    page.goto(site)
-    failed = "() => document.getElementById('status').textContent.startsWith('The explainer cannot be loaded: ')"
-    page.wait_for_function(failed)
-    page.evaluate("() => { document.getElementById('status').textContent = ''; }")
-    give(page, "fine.png", png(Image.new("RGB", (9, 9), "red")))
-    page.wait_for_function(failed)
-    assert "bad" in page.get_attribute("#status", "class")
-    page.close()
-
-
 def test_rotation_paste_and_drop(page: Any) -> None:
     stream = io.BytesIO()
     exif = Image.Exif()
