@@ -14,7 +14,8 @@ onnxruntime is the faster one.
 
 MODELS: "efficientnet-lite0" (the shipped explainer), a folder with a classifier (an untrained head is put on it), or
 with random weights "transformers:vit", "transformers:swin", "transformers:convnext" (the library's default
-configurations: ViT-B/16, Swin-T, ConvNeXt-T) and timm architectures.
+configurations: ViT-B/16, Swin-T, ConvNeXt-T) and timm architectures. A folder has no default: DINOv2-S and others with
+trained weights are measured by naming theirs, `--models path/to/dinov2-small efficientnet-lite0`.
 
 --pictures are photographs to check on, where int8 is judged too; --calibration those that int8 is calibrated on. Each
 is a folder of pictures, or of parquet files, of which the validation and the train part are read. By default both are
@@ -146,6 +147,7 @@ def measure(name: str, arguments: argparse.Namespace, folder: Path) -> dict[str,
         "float32_mb": report.megabytes,
         "pictures": report.pictures,
         "largest_differences": report.differences,
+        "maps": report.maps,
     }
     chosen = [load_image(check[n % len(check)]) for n in range(arguments.batch)]
     pixel_values = preprocess(model.image_processor, chosen)
@@ -262,9 +264,10 @@ def main() -> None:
             figures = measure(name, arguments, Path(folder))
             label = Path(name).name
             summary["models"][label] = figures
+            worst = max(value or 0 for value in figures["largest_differences"].values())
             line = (
                 f"{label}, batch {arguments.batch}: {figures['float32_mb']} MB, largest difference "
-                f"{max(figures['largest_differences'].values()):.1e}, onnxruntime {figures['onnxruntime_ms']:.1f} ms, "
+                f"{worst:.1e}, onnxruntime {figures['onnxruntime_ms']:.1f} ms, "
                 f"pytorch / onnxruntime {figures['pytorch_over_onnxruntime']:.2f}, "
                 f"channels_last {figures['pytorch_channels_last_over_onnxruntime']:.2f}"
             )

@@ -17,9 +17,16 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_BYTES = 20_000_000  # of a picture sent over HTTP
+MAX_PIXELS = 100_000_000  # a larger picture is refused before it is decoded
+MAX_ASPECT = 100  # the shorter side is scaled up to the graph's input: a thin line would fill the memory
+Image.init()
+# Pillow opens many more; EPS it hands to Ghostscript. AVIF and WebP are missing in some builds.
+FORMATS: list[str] = [
+    name for name in ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM") if name in Image.OPEN
+]
 COLOURS = np.array([(36, 23, 99), (43, 99, 227), (38, 190, 214), (108, 226, 106), (240, 216, 58), (239, 107, 36)])
 
 
@@ -122,9 +129,16 @@ def _axis(length: int, resized: int, cropped: int, cells: int) -> tuple[np.ndarr
 def open_picture(source: str | Path | io.BytesIO) -> Image.Image:
     """RGB, upright after its EXIF rotation; ValueError says what is wrong with it."""
     try:
-        with Image.open(source) as picture:
+        with Image.open(source, formats=FORMATS) as picture:
+            width, height = picture.size
+            if min(width, height) < 1 or width * height > MAX_PIXELS:
+                raise ValueError(f"{width} x {height} pixels; between 1 and {MAX_PIXELS} are accepted")
+            if max(width, height) > MAX_ASPECT * min(width, height):
+                raise ValueError(f"{width} x {height}: one side is over {MAX_ASPECT} times the other")
             return ImageOps.exif_transpose(picture).convert("RGB")
-    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except UnidentifiedImageError as error:
+        raise ValueError(f"the picture cannot be read: it is none of {', '.join(FORMATS)}") from error
+    except Exception as error:  # a damaged file makes Pillow's decoders raise almost anything
         raise ValueError(f"the picture cannot be read: {error}") from error
 
 

@@ -256,12 +256,21 @@ def export(
     )
     for message in report.skipped:
         typer.echo(f"skipped: {message}", err=True)
-    worst = ", ".join(f"{name} {value:.1e}" for name, value in report.differences.items())
+    worst = ", ".join(
+        f"{name} {'not compared' if value is None else f'{value:.1e}'}" for name, value in report.differences.items()
+    )
     typer.echo(f"float32 graph against PyTorch on {report.pictures} pictures, largest differences: {worst}")
+    if report.maps["faint"] or report.maps["left_out"]:
+        typer.echo(
+            f"maps: {report.maps['compared']} compared, {report.maps['faint']} faint ones held to a wider tolerance, "
+            f"{report.maps['left_out']} left out: they vary too little for float32 to say what they are"
+        )
     if agreement := report.agreement:
+        alike = agreement["map_correlation"]
         typer.echo(
             f"int8 against float32 on {agreement['images']} pictures: same class {agreement['top1']:.1%}, "
-            f"correlation of maps {agreement['map_correlation']:.3f}, "
+            f"correlation of {agreement['maps']} maps {'not measured' if alike is None else f'{alike:.3f}'} "
+            f"({agreement['maps_left_out']} left out), "
             f"largest difference of a score {agreement['largest_score_difference']:.2f}"
         )
     typer.echo(f"wrote {report.path} ({report.megabytes:.1f} MB) and {report.facts}")

@@ -20,14 +20,14 @@ _PALETTE = colour_map(np.arange(256) / 255).tobytes()
 
 
 def wanted_classes(model: TTameModel, class_ids: Any, top_k: int | None) -> torch.Tensor | None:
-    """The asked classes (N,); ValueError where model or selection do not fit."""
+    """The asked classes (N,), each once; ValueError where model or selection do not fit."""
     if model.training:
         raise ValueError("explaining needs eval mode; call model.eval() first")
     if class_ids is not None and top_k is not None:
         raise ValueError("give class_ids (--class) or top_k (--top-k), not both")
     if top_k is not None and not 1 <= top_k <= model.config.num_labels:
         raise ValueError(f"top_k must lie in 1..{model.config.num_labels}, got {top_k}")
-    return None if class_ids is None else torch.tensor(model.resolve_classes(class_ids))
+    return None if class_ids is None else torch.tensor(list(dict.fromkeys(model.resolve_classes(class_ids))))
 
 
 @dataclass

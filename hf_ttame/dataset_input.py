@@ -116,6 +116,13 @@ class Input:
                     total += min(self.rows_per_file, rows - start)
         return total
 
+    def rows_in(self, unit: Unit, ends_shard: bool) -> int | None:
+        """How many rows a unit has, all that are left of a shard that ends with it; None where only reading tells."""
+        if self.shard_rows is None:
+            return None
+        left = self.shard_rows[unit.shard] - unit.block * self.rows_per_file
+        return left if ends_shard else min(self.rows_per_file, left)
+
     def is_dealt(self, unit: Unit, rank: int, world: int) -> bool:
         """Whether a unit belongs to process `rank` of `world`.
 
@@ -255,9 +262,12 @@ def _digest(path: Path, found: datasets.Dataset | list[Path]) -> str:
         return str(found._fingerprint)
     digest = hashlib.sha256()
     for file in found:
-        digest.update(f"{file.relative_to(path).as_posix() if path.is_dir() else file.name}\n".encode())
-        if file.suffix in (".parquet", ".tar"):
-            digest.update(f"{file.stat().st_size}\n".encode())
+        name = file.relative_to(path).as_posix() if path.is_dir() else file.name
+        try:
+            size = file.stat().st_size  # not the time too: a copied dataset is the same one
+        except OSError:
+            size = -1  # a link that leads nowhere is one unreadable picture
+        digest.update(f"{name}\n{size}\n".encode())
     return digest.hexdigest()[:32]
 
 

@@ -24,7 +24,7 @@ import yaml
 
 from . import __version__
 from .cards import TAGS, code, escape
-from .dataset_input import Unit, Unreadable
+from .dataset_input import Input, Unit, Unreadable
 from .saving import lock_settings, write_whole
 
 _NAME = re.compile(r"maps-(\d+)-(\d+)(-end)?\.parquet")
@@ -54,6 +54,12 @@ class Output:
         own = {"id": value("int64"), "predicted": value("int32"), "class_id": value("int32"), "label": value("string")}
         own |= {"score": value("float32"), "map": datasets.Array2D(self.map_size, "uint8")}
         own |= {"overlay": datasets.Image()} if self.overlays else {}
+        names = [kept_name(name) for name in self.kept]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(
+                f"two of the columns {', '.join(self.kept)} would be named {', '.join(twice)} (a name that is taken "
+                "gets the prefix input_); keep one of them, or rename it in the dataset"
+            )
         self.features = datasets.Features({**own, **{kept_name(name): kind for name, kind in self.kept.items()}})
         self.schema = self.features.arrow_schema
         try:
@@ -118,24 +124,29 @@ class Output:
         finally:
             part.unlink(missing_ok=True)
 
-    def finish(self, shards: int, settings: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any] | None:
+    def finish(self, source: Input, settings: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any] | None:
         """Write the report and the card, if every unit is there; None where others are still to come.
 
         Raises:
-            ValueError: not a single picture was readable.
+            ValueError: not a single picture was readable, or a file is damaged or has too few rows.
         """
         files, ends = self.finished()
-        if len(ends) < shards or any(
+        if len(ends) < source.shards or any(
             Unit(shard, block) not in files for shard, end in ends.items() for block in range(end + 1)
         ):
             return None
         rows = read = 0
         unreadable: list[Unreadable] = []
         broken = 0
-        for file in files.values():
-            footer = pyarrow.parquet.read_metadata(file)
-            found = json.loads(footer.metadata[_FACTS])
-            rows, read, broken = rows + footer.num_rows, read + found["read"], broken + len(found["unreadable"])
+        for unit, file in files.items():
+            file_rows, found = _footer(file)
+            wanted = source.rows_in(unit, ends.get(unit.shard) == unit.block)
+            if wanted is not None and found["read"] != wanted:
+                raise ValueError(
+                    f"{str(file)!r} is not complete: {found['read']} of {wanted} rows of the dataset were read; "
+                    "delete it and run the same command again"
+                )
+            rows, read, broken = rows + file_rows, read + found["read"], broken + len(found["unreadable"])
             unreadable += [Unreadable(*entry) for entry in found["unreadable"][: _LISTED - len(unreadable)]]
         if read == broken:
             raise ValueError(
@@ -147,6 +158,7 @@ class Output:
             "pictures": read - broken,
             "rows": rows,
             "unreadable": broken,
+            "announced": source.rows,
             "unreadable_pictures": [entry._asdict() for entry in unreadable],
             "files": len(files),
             "bytes": sum(file.stat().st_size for file in files.values()),
@@ -160,6 +172,18 @@ class Output:
         if not card.exists() or _GENERATED in card.read_text():
             write_whole(card, dataset_card(report, self.features))
         return report
+
+
+def _footer(file: Path) -> tuple[int, dict[str, Any]]:
+    """The rows of a finished file, and what its footer says of those that were read; ValueError: it is damaged."""
+    try:
+        footer = pyarrow.parquet.read_metadata(file)
+        return footer.num_rows, json.loads(footer.metadata[_FACTS])
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{str(file)!r} is damaged ({error}); delete it and run the same command again: only its pictures are "
+            "explained anew"
+        ) from error
 
 
 def kept_name(name: str) -> str:

@@ -7,6 +7,8 @@ of a launch share the units of work by a fixed rule (`dataset_input`) and never 
 stands in the folder (`dataset_output`).
 """
 
+import hashlib
+import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,8 +34,9 @@ class MapPlan:
 
     Args:
         dataset, split, revision, image_column, id_column, keep_columns, rows_per_file: see `dataset_input.open_input`.
-        class_ids: class ids or label names, the same for every picture; None: the predicted class, of a multi-label
-            classifier every class with a probability over 0.5 (the highest if there is none).
+        class_ids: class ids or label names, the same for every picture, each once however often it is named; None: the
+            predicted class, of a multi-label classifier every class with a probability over 0.5 (the highest if there
+            is none).
         top_k: instead of class_ids, the k classes with the highest scores.
         overlays: also write a JPEG of each map over the classifier's input.
         batch_size: pictures per pass.
@@ -81,7 +84,7 @@ def explain_batch(
     Args:
         model: the explainer, in eval mode.
         images: bytes of picture files, {"bytes", "path"} cells of `datasets`, PIL images, paths or arrays.
-        class_ids, top_k: as `TTameModel.explain`.
+        class_ids, top_k: as `TTameModel.explain`; a class that is named twice counts once.
         ids: of the pictures; None: their positions in `images`.
         overlays: also the column `overlay`.
 
@@ -130,7 +133,8 @@ def explain_dataset(
         The report, from the process that finishes last; None from the others.
 
     Raises:
-        ValueError: the folder holds results of another run, or dataset, column or class do not fit.
+        ValueError: the folder holds results of another run or a damaged file, it overlaps with the dataset, or
+            dataset, column or class do not fit.
         OSError: the folder cannot be written, or the dataset cannot be read on; what is complete stays.
     """
     from tqdm.auto import tqdm
@@ -140,6 +144,7 @@ def explain_dataset(
     if accelerator:
         model.to(accelerator.device)
     wanted = wanted_classes(model, plan.class_ids, plan.top_k)
+    _check_apart(plan.dataset, Path(out))
     source = open_input(
         plan.dataset,
         plan.split,
@@ -179,7 +184,11 @@ def explain_dataset(
                 output.write(batch.unit, batch.ends_shard, tables, read, unreadable)
                 tables, unreadable, read = [], [], 0
     facts = {"model": _public(model.name_or_path), "map_size": list(map_size), **_about(model)}
-    return output.finish(source.shards, settings, facts)
+    report = output.finish(source, settings, facts)
+    if report and report["announced"] not in (None, report["pictures"] + report["unreadable"]):
+        read_rows = report["pictures"] + report["unreadable"]
+        say(f"the dataset announces {report['announced']} pictures and gave {read_rows}: check that it is complete")
+    return report
 
 
 def _one_behind(
@@ -238,11 +247,31 @@ def _settings(model: TTameModel, plan: MapPlan, source: Input, wanted: torch.Ten
         "overlays": plan.overlays,
         "rows_per_file": plan.rows_per_file,
         "head_fingerprint": fingerprint(model.head),
-        "backbone_fingerprint": model.config.backbone_fingerprint,
+        "backbone_fingerprint": fingerprint(model.backbone),  # as it is: not what the config was told
+        "preprocessing": _hash(model.image_processor.to_dict()),
+        "labels": _hash({str(class_id): label for class_id, label in model.config.id2label.items()}),
         "map_size": list(model.config.map_size),
         "map_scaling": model.config.map_scaling,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
+
+
+def _hash(facts: dict[str, Any]) -> str:
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _check_apart(dataset: str, out: Path) -> None:
+    """Raise ValueError where the maps would be read as pictures, or the pictures be published with the maps."""
+    source, target = Path(dataset), out.resolve()
+    if not source.exists():
+        return  # on the Hub
+    source = source.resolve()
+    if source == target or source in target.parents or target in source.parents:
+        raise ValueError(
+            f"--out {str(out)!r} and the dataset {dataset!r} overlap: maps would be taken for pictures, or pictures "
+            "published with the maps; choose a folder for --out that neither lies in the dataset nor holds it"
+        )
 
 
 def _public(name: str) -> str:

@@ -84,7 +84,9 @@ class ExportReport:
     """What was written and how it compares with PyTorch.
 
     path, facts: the two files. megabytes: of the graph (10^6 bytes). differences: largest difference per output, on
-    `pictures` photographs. skipped: why pictures could not be read, of the calibration too. agreement: how an int8
+    `pictures` photographs, None where nothing was compared. maps: how many were "compared", how many "faint" ones held
+    to a wider tolerance, how many "left_out" (see `export_check.compare`); the first picture's count twice, alone and
+    in a batch. skipped: why pictures could not be read, of the calibration too. agreement: how an int8
     graph agrees with the exact one (see `export_int8.agree`).
     """
 
@@ -93,8 +95,9 @@ class ExportReport:
     megabytes: float
     pictures: int
     skipped: list[str]
-    differences: dict[str, float]
-    agreement: dict[str, float | int] | None
+    differences: dict[str, float | None]
+    maps: dict[str, int]
+    agreement: dict[str, float | int | None] | None
 
 
 def export_onnx(
@@ -164,20 +167,32 @@ def export_onnx(
     with _folder_beside(target) as folder:
         part = Path(folder, "part.onnx")
         _write(graph, part, batch, facts)
-        differences = compare(model, part, inputs, tolerance)
+        found = compare(model, part, inputs, tolerance)
         agreement = None
         if int8:
             exact = part.rename(part.with_name("exact.onnx"))
             values = groups(preprocess(model.image_processor, measured), batch or 1)
             quantise(exact, part, [graph.example(value) for value in values])
             agreement = agree(exact, part, inputs[0 if batch else 1 :], len(pictures))
-        checked = {"pictures": len(pictures), "largest_differences": differences, "int8": agreement}
+        checked = {"pictures": len(pictures), "largest_differences": found.differences, "maps": found.maps}
         beside = Path(folder, "part.json")
-        beside.write_text(json.dumps({**facts, "check": checked}, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        beside.write_text(
+            json.dumps({**facts, "check": {**checked, "int8": agreement}}, indent=1, ensure_ascii=False) + "\n",
+            "utf-8",
+        )
         megabytes = round(part.stat().st_size / 1e6, 2)
         os.replace(beside, target.with_suffix(".json"))
         os.replace(part, target)
-    return ExportReport(target, target.with_suffix(".json"), megabytes, len(pictures), skipped, differences, agreement)
+    return ExportReport(
+        target,
+        target.with_suffix(".json"),
+        megabytes,
+        len(pictures),
+        skipped,
+        found.differences,
+        found.maps,
+        agreement,
+    )
 
 
 def _top(classes: str, num_labels: int) -> int:
@@ -195,6 +210,7 @@ def _top(classes: str, num_labels: int) -> int:
 def _check_arguments(model: TTameModel, target: Path, batch: int | None) -> None:
     if target.suffix != ".onnx" or target.is_dir():
         raise ValueError(f"the file to write must end in .onnx and not be a folder, got {str(target)!r}")
+    _check_facts_file(target.with_suffix(".json"))
     if batch is not None and batch < 1:
         raise ValueError(f"batch must be None or at least 1, got {batch}")
     if model.training:
@@ -205,6 +221,23 @@ def _check_arguments(model: TTameModel, target: Path, batch: int | None) -> None
                 f"the export needs float32 weights on the CPU, got {parameter.dtype} on {parameter.device}; "
                 "load the explainer without dtype and device_map"
             )
+
+
+def _check_facts_file(file: Path) -> None:
+    """Raise ValueError where the facts would replace a file that no export wrote."""
+    from .export_facts import FORMAT
+
+    if not file.exists():
+        return
+    try:
+        ours = json.loads(file.read_text("utf-8"))["format"].split("/")[0] == FORMAT.split("/")[0]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        ours = False
+    if not ours:
+        raise ValueError(
+            f"{str(file)!r} would be replaced by the facts of the export, and no export wrote it; choose another name "
+            "for the .onnx file, or move that one away"
+        )
 
 
 def _open(images: Sequence[ImageInput], channels: int) -> tuple[list[Picture], list[str]]:

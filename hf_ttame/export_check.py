@@ -1,6 +1,7 @@
 """An exported graph beside PyTorch, on the same pixels."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,19 @@ from .answers import probabilities
 
 Inputs = dict[str, torch.Tensor]
 _TOGETHER = 8
+_WIDEST = 1e-2  # of a map in [0, 1]: the widest tolerance that one is ever held to
+
+
+@dataclass
+class Comparison:
+    """Largest absolute difference per output, None where nothing was compared; and what became of the maps.
+
+    maps: how many were held to the tolerance, which `differences` speaks of; faint: to a wider one, at most 0.01;
+    left_out: to none.
+    """
+
+    differences: dict[str, float | None] = field(default_factory=dict)
+    maps: dict[str, int] = field(default_factory=lambda: {"compared": 0, "faint": 0, "left_out": 0})
 
 
 def groups(pixel_values: torch.Tensor, batch: int | None) -> list[torch.Tensor]:
@@ -36,11 +50,13 @@ def run(session: Any, inputs: Inputs) -> dict[str, np.ndarray]:
 
 
 @torch.no_grad()
-def compare(model: Any, path: Path, batches: Sequence[Inputs], tolerance: float) -> dict[str, float]:
-    """Largest absolute difference per output between the file and the model, its head as it is stored.
+def compare(model: Any, path: Path, batches: Sequence[Inputs], tolerance: float) -> Comparison:
+    """The file beside the model, its head as it is stored.
 
-    Maps that vary by less than a hundredth of their values before the scaling are held to a wider tolerance, and left
-    out of what is returned: the scaling enlarges the rounding of float32 with them.
+    Map logits are always held to the tolerance. The min-max scaling enlarges the rounding of float32 where a map
+    varies little beside its values: such a faint map is held to what that rounding can make of it. Where that is more
+    than a hundredth, float32 does not say what the map is, in PyTorch either (a sigmoid that is saturated
+    everywhere): it is left out, and counted.
 
     Args:
         model: the explainer.
@@ -52,7 +68,7 @@ def compare(model: Any, path: Path, batches: Sequence[Inputs], tolerance: float)
         ValueError: a difference is above the tolerance, or the graph chooses other classes.
     """
     session = open_session(path)
-    differences: dict[str, float] = {}
+    result = Comparison(dict.fromkeys(("logits", "scores", "map_logits", "maps")))
     for inputs in batches:
         got = {name: torch.from_numpy(value) for name, value in run(session, inputs).items()}
         output = model(inputs["pixel_values"], class_ids=got.get("class_ids", inputs.get("class_ids", "all")))
@@ -68,11 +84,14 @@ def compare(model: Any, path: Path, batches: Sequence[Inputs], tolerance: float)
             ids = got["class_ids"]
             if not torch.allclose(logits.gather(1, ids), logits.topk(ids.shape[1]).values, rtol=0, atol=float(spread)):
                 raise ValueError(f"the exported graph explains the classes {ids.tolist()}; PyTorch ranks others first")
+        rounding = _enlarged_rounding(model, map_logits)
+        left_out, faint = rounding > _WIDEST, (rounding > tolerance) & (rounding <= _WIDEST)
         allowed = {
             "logits": spread,
             "scores": torch.tensor(tolerance),
             "map_logits": tolerance * map_logits.abs().max().clamp(min=1),
-            "maps": _enlarged_rounding(model, map_logits).clamp(min=tolerance),
+            # No map in [0, 1] is further than 1 from another; NaN is.
+            "maps": rounding.clamp(min=tolerance).masked_fill(left_out, 1 + tolerance),
         }
         for name, tensor in expected.items():
             difference = (got[name] - tensor).abs()
@@ -82,9 +101,13 @@ def compare(model: Any, path: Path, batches: Sequence[Inputs], tolerance: float)
                     f"tolerance of {tolerance:g}; nothing was written"
                 )
             if name == "maps":
-                difference = difference[(allowed[name] == tolerance).expand_as(difference)]
-            differences[name] = max(differences.get(name, 0.0), float(difference.max()) if len(difference) else 0.0)
-    return differences
+                difference = difference[~(left_out | faint).expand_as(difference)]
+            if difference.numel():
+                result.differences[name] = max(result.differences[name] or 0.0, float(difference.max()))
+        result.maps["faint"] += int(faint.sum())
+        result.maps["left_out"] += int(left_out.sum())
+        result.maps["compared"] += int((~(left_out | faint)).sum())
+    return result
 
 
 def _enlarged_rounding(model: Any, map_logits: torch.Tensor) -> torch.Tensor:

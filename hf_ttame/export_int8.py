@@ -80,28 +80,39 @@ def _weights_of(path: Path, operators: tuple[str, ...]) -> int:
     return sum(size for name, size in sizes.items() if name in used)
 
 
-def agree(exact: Path, quantised: Path, batches: Sequence[Inputs], images: int) -> dict[str, float | int]:
+def agree(exact: Path, quantised: Path, batches: Sequence[Inputs], images: int) -> dict[str, float | int | None]:
     """How far a quantised graph says the same as the exact one on the first `images` pictures of the batches.
 
     Returns:
         images; top1: share of images with the same predicted class; map_correlation: mean Pearson correlation of the
-        maps of the same class; maps: how many those are; largest_score_difference.
+        maps of the same class, None where there are none; maps: how many those are; maps_left_out: how many are
+        flat, or of a class that the quantised graph does not explain; largest_score_difference.
+
+    Raises:
+        ValueError: a score or a map of the quantised graph is not finite.
     """
     sessions = open_session(exact), open_session(quantised)
     same: list[bool] = []
     correlations: list[float] = []
     scores: list[float] = []
+    asked = 0
     for inputs in batches:
         ours, other = (run(session, inputs) for session in sessions)
+        if not all(np.isfinite(other[name]).all() for name in ("scores", "maps")):
+            raise ValueError(
+                "the int8 graph gives values that are not finite; nothing was written: export without int8"
+            )
         for image in range(min(len(ours["scores"]), images - len(same))):
             same.append(bool(ours["logits"][image].argmax() == other["logits"][image].argmax()))
             scores.append(float(np.abs(ours["scores"][image] - other["scores"][image]).max()))
             correlations += _correlations(ours, other, image)
+            asked += ours["maps"].shape[1]
     return {
         "images": images,
         "top1": round(float(np.mean(same)), 4),
-        "map_correlation": round(float(np.mean(correlations)), 4) if correlations else float("nan"),
+        "map_correlation": round(float(np.mean(correlations)), 4) if correlations else None,
         "maps": len(correlations),
+        "maps_left_out": asked - len(correlations),
         "largest_score_difference": round(max(scores), 4),
     }
 

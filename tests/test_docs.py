@@ -16,6 +16,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
@@ -70,7 +72,7 @@ NOT_RUN = {
     "pytest": "is what runs this",
     "accelerate launch": "starts processes, often on data of the Hub",
     "torchrun": "starts processes",
-    "python": "a script of the repository that takes minutes",
+    "python": "a script of the repository that takes minutes, needs a network or serves until it is stopped",
 }
 # Packages of other people's machines: blocks that import one are compiled, and their imports from here resolved.
 ELSEWHERE = {"ray": "an existing cluster", "pyspark": "an existing cluster"}
@@ -157,11 +159,19 @@ class Reader:
         while re.match(r"[A-Z_]+=", words[0]):
             self.monkeypatch.setenv(*words[0].split("=", 1))
             words = words[1:]
-        if any(words[: len(start.split())] == start.split() for start in NOT_RUN):
+        if words[:2] == ["python", "examples/serve_onnx.py"] and "--port" not in words:
+            self.run_script(words[1:])
+        elif any(words[: len(start.split())] == start.split() for start in NOT_RUN):
             self.check_command(words)
         else:
             assert words[0] == "ttame", f"{words} is neither run nor in NOT_RUN of tests/test_docs.py"
             self.run_ttame(words[1:])
+
+    def run_script(self, words: list[str]) -> None:
+        """A script that stands alone, in a process of its own."""
+        command = [sys.executable, str(ROOT / words[0]), *words[1:]]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
 
     def run_ttame(self, words: list[str]) -> None:
         arguments = [*words, *SMALLER.get(words[0], "").split()]
@@ -308,6 +318,7 @@ def test_the_index_names_every_page() -> None:
         ("bash", "torchrun --nproc_per_node 2 -m hf_ttame.cli compare a --dataset b --method c", "--method"),
         ("bash", 'pip install ".[everything]"', "no extra.*everything"),
         ("bash", "python benchmarks/inference.py --turns 3", "--turns"),
+        ("bash", "python examples/serve_onnx.py nothing.onnx photo.jpg", "nothing.onnx cannot be opened"),
         ("json", "{", "JSONDecodeError"),
         ("bibtex", "@article{a, title={b}", "braces do not match"),
         ("bibtex", "@article{a, doi={10.1000/1}}", "has the DOI"),

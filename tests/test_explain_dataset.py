@@ -331,6 +331,83 @@ def test_another_explainer_or_dataset_is_refused(
         explain_dataset(model, plan, whole, progress=False)
 
 
+def test_a_changed_backbone_preprocessing_or_label_is_refused(model: TTameModel, parquet: Path, whole: Path) -> None:
+    plan = MapPlan(str(parquet), id_column="key", keep_columns=("label",), **SMALL)
+
+    def refused(change: Any, words: str) -> None:
+        other = TTameModel.from_pretrained(model.name_or_path)
+        change(other)
+        with pytest.raises(ValueError, match=rf"another run; different: {words} \("):
+            explain_dataset(other, plan, whole, progress=False)
+
+    with torch.no_grad():
+        refused(lambda other: next(other.backbone.parameters()).mul_(1.01), "backbone_fingerprint")
+    refused(lambda other: setattr(other.image_processor, "resample", 0), "preprocessing")
+    refused(lambda other: other.config.id2label.update({0: "another"}), "labels")
+    explain_dataset(model, plan, whole, progress=False)  # and the same one is not
+
+
+def test_a_replaced_picture_is_refused(model: TTameModel, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for seed in range(2):
+        (folder / f"{seed}.png").write_bytes(encoded(seed))
+    explain_dataset(model, MapPlan(str(folder), **SMALL), tmp_path / "maps", progress=False)
+    (folder / "1.png").write_bytes(encoded(8))
+    with pytest.raises(ValueError, match=r"another run; different: files \("):
+        explain_dataset(model, MapPlan(str(folder), **SMALL), tmp_path / "maps", progress=False)
+
+
+def test_maps_never_land_among_the_pictures(model: TTameModel, tmp_path: Path) -> None:
+    folder = tmp_path / "all" / "pictures"
+    folder.mkdir(parents=True)
+    (folder / "1.png").write_bytes(encoded(1))
+    for out in (folder, folder / "maps", folder.parent):
+        with pytest.raises(ValueError, match=r"overlap.*choose a folder for --out"):
+            explain_dataset(model, MapPlan(str(folder), **SMALL), out, progress=False)
+    assert [path.name for path in (tmp_path / "all").rglob("*")] == ["pictures", "1.png"]
+
+
+def test_a_class_named_twice_is_explained_once(model: TTameModel) -> None:
+    columns, _ = explain_batch(model, [picture(0)], class_ids=[3, 0, "church", "3"])
+    assert columns["class_id"].tolist() == [3, 0]
+
+
+def test_columns_that_would_get_one_name_are_refused(model: TTameModel, tmp_path: Path) -> None:
+    cells = {"image": [encoded(0)], "label": [1], "input_label": [2]}
+    pyarrow.parquet.write_table(pyarrow.table(cells), tmp_path / "x.parquet")
+    plan = MapPlan(str(tmp_path / "x.parquet"), keep_columns=("label", "input_label"), **SMALL)
+    with pytest.raises(ValueError, match="label, input_label would be named input_label"):
+        explain_dataset(model, plan, tmp_path / "maps", progress=False)
+    assert not (tmp_path / "maps").exists()
+
+
+def test_a_damaged_or_short_file_is_named_and_made_again(model: TTameModel, parquet: Path, tmp_path: Path) -> None:
+    plan = MapPlan(str(parquet / "train-0.parquet"), **SMALL)
+    out = tmp_path / "maps"
+    report = explain_dataset(model, plan, out, progress=False)
+    (out / "report.json").unlink()
+    file = out / "data" / "maps-00000-00001.parquet"
+    whole = file.read_bytes()
+    table = pyarrow.parquet.read_table(file)
+    for content, words in ((b"", "damaged.*0 bytes"), (whole[:-9], "is damaged"), (None, "3 of 8 rows")):
+        if content is None:
+            footer = {**(table.schema.metadata or {}), b"ttame": b'{"read": 3, "unreadable": []}'}
+            pyarrow.parquet.write_table(table.slice(0, 3).replace_schema_metadata(footer), file)
+        else:
+            file.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"(?s)maps-00000-00001.parquet' .*{words}.*delete it and run"):
+            explain_dataset(model, plan, out, progress=False)
+        assert not (out / "report.json").exists()
+    file.unlink()
+    assert explain_dataset(model, plan, out, progress=False) == report
+    last = out / "data" / "maps-00000-00002-end.parquet"
+    last.unlink()
+    file.rename(file.with_name("maps-00000-00001-end.parquet"))  # the shard seems to end there
+    with pytest.raises(ValueError, match="8 of 13 rows"):
+        explain_dataset(model, plan, out, progress=False)
+
+
 def test_bad_input_is_said_in_words(model: TTameModel, parquet: Path, tmp_path: Path) -> None:
     def run(
         error: type[Exception], words: str, dataset: Path = parquet, out: Path = tmp_path / "x", **more: Any

@@ -1,5 +1,8 @@
 """The exported graph: equal to PyTorch, complete in itself, and refused in words where it cannot be."""
 
+import copy
+import importlib
+import io
 import json
 import subprocess
 import sys
@@ -25,7 +28,7 @@ from transformers import (
 )
 
 from hf_ttame import TTameModel
-from hf_ttame.export_facts import describe_preprocessing
+from hf_ttame.export_facts import FORMAT, describe_preprocessing
 from hf_ttame.image_processing import load_image, measure_normalisation
 
 pytest.importorskip("onnx")
@@ -33,6 +36,7 @@ pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 from hf_ttame.export import ExplainerGraph, export_onnx  # noqa: E402
+from hf_ttame.export_int8 import agree  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 PHOTOGRAPHS = sorted((ROOT / "hf_ttame" / "assets" / "photographs").glob("*.jpg"))
@@ -70,6 +74,8 @@ def test_graph_equals_pytorch_at_any_batch(which: str, classes: str, cnn: TTameM
     report = export_onnx(model, tmp_path / "new" / "tiny.onnx", classes=classes)
     assert report.pictures == len(PHOTOGRAPHS)
     assert max(report.differences.values()) < 1e-4
+    assert report.maps["compared"] > 0
+    assert report.maps["left_out"] == 0
     assert sorted(path.name for path in report.path.parent.iterdir()) == ["tiny.json", "tiny.onnx"]
     session = onnxruntime.InferenceSession(str(report.path), providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
@@ -197,6 +203,36 @@ def test_int8_says_how_far_it_agrees(cnn: TTameModel, photo: Callable[..., Image
     assert "ttame" in metadata
 
 
+def test_flat_maps_are_counted_and_not_called_equal(cnn: TTameModel, tmp_path: Path) -> None:
+    """A sigmoid that is saturated everywhere: float32 does not say what the map is."""
+    flat = copy.deepcopy(cnn)
+    with torch.no_grad():
+        flat.head.fuser.bias.add_(40)
+    report = export_onnx(flat, tmp_path / "x.onnx", classes="all")
+    count = (1 + len(PHOTOGRAPHS)) * CLASSES  # the first picture runs alone too
+    assert report.maps == {"compared": 0, "faint": 0, "left_out": count}
+    assert report.differences["maps"] is None
+    assert report.differences["map_logits"] is not None
+    assert report.differences["map_logits"] < 1e-3
+    text = report.facts.read_text()
+    assert "NaN" not in text
+    assert json.loads(text)["check"]["maps"] == report.maps
+    agreement = agree(report.path, report.path, [{"pixel_values": noise(flat, 2)}], 2)
+    assert (agreement["map_correlation"], agreement["maps_left_out"]) == (None, 2 * CLASSES)
+
+
+def test_a_json_file_of_somebody_else_is_not_replaced(cnn: TTameModel, tmp_path: Path) -> None:
+    beside = tmp_path / "x.json"
+    for content in ('{"mine": 1}', "words", '["format"]'):
+        beside.write_text(content)
+        with pytest.raises(ValueError, match=r"x.json' would be replaced .* choose another name"):
+            export_onnx(cnn, tmp_path / "x.onnx")
+        assert beside.read_text() == content
+    beside.write_text(json.dumps({"format": FORMAT}))
+    export_onnx(cnn, tmp_path / "x.onnx", check=PHOTOGRAPHS[:1])
+    assert json.loads(beside.read_text())["labels"]
+
+
 def test_unreadable_pictures_of_the_check_are_counted(cnn: TTameModel, tmp_path: Path) -> None:
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"no picture")
@@ -322,6 +358,31 @@ def test_the_example_refuses_other_files_in_words(tmp_path: Path) -> None:
     assert "serve_onnx: " in done.stderr
     assert "cannot be opened" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_example_decodes_no_dangerous_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thin line, a huge one, a format drawn by another program, a damaged AVIF: refused in words."""
+    monkeypatch.syspath_prepend(SERVE.parent)
+    serve_onnx = importlib.import_module("serve_onnx")
+    monkeypatch.setattr(serve_onnx, "MAX_PIXELS", 1_000_000)
+    files = {}
+    for name, size in (("thin", (20_000, 1)), ("huge", (1001, 1000))):
+        files[name] = io.BytesIO()
+        Image.new("1", size).save(files[name], "PNG")
+    files["eps"] = io.BytesIO()
+    Image.new("L", (8, 8)).save(files["eps"], "EPS")
+    words = {"thin": "over 100 times", "huge": "1001 x 1000 pixels; between", "eps": "none of JPEG, PNG"}
+    if "AVIF" in serve_onnx.FORMATS:
+        good = io.BytesIO()
+        Image.effect_noise((64, 64), 90).save(good, "AVIF")
+        content = good.getvalue()
+        head = content[: content.index(b"mdat") + 4]
+        files["avif"] = io.BytesIO(head.ljust(len(content), b"\xff"))
+        words["avif"] = "Failed to decode"  # a RuntimeError of the decoder
+    for name, file in files.items():
+        with pytest.raises(ValueError, match=f"the picture cannot be read: .*{words[name]}"):
+            serve_onnx.open_picture(io.BytesIO(file.getvalue()))
+    assert serve_onnx.open_picture(PHOTOGRAPHS[0]).mode == "RGB"
 
 
 def test_the_command(ttame: Callable[..., Any], cnn: TTameModel, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@ import { explain, load, place } from "./explainer.js";
 const COLOURS = [[36, 23, 99], [43, 99, 227], [38, 190, 214], [108, 226, 106], [240, 216, 58], [239, 107, 36], [158, 22, 16]];
 const MOST_BYTES = 50e6, LONGEST_SIDE = 2048, MOST_ASPECT = 100;
 const $ = (id) => document.getElementById(id);
-const state = { model: null, image: null, result: null, shown: 0, name: "picture" };
+const state = { model: null, failure: null, image: null, result: null, shown: 0, name: "picture" };
 let turn = 0; // a newer picture overtakes one that is still being computed
 
 function say(text, bad = false) {
@@ -18,7 +18,10 @@ const loading = load((share) => say(`Loading the explainer … ${Math.round(100 
     document.body.dataset.ready = "true";
     say("Ready. Choose a picture.");
   })
-  .catch((error) => say(`The explainer cannot be loaded: ${error.message}`, true));
+  .catch((error) => {
+    state.failure = `The explainer cannot be loaded: ${error.message}`;
+    say(state.failure, true);
+  });
 
 /** The picture's pixels, upright, at most LONGEST_SIDE; errors are sentences for the visitor. */
 async function open(blob) {
@@ -50,9 +53,10 @@ async function show(blob, name) {
   delete document.body.dataset.shown;
   try {
     const image = await open(blob);
-    if (!state.model) say("Waiting for the explainer …");
+    if (!state.model && !state.failure) say("Waiting for the explainer …");
     await loading;
-    if (!state.model || mine !== turn) return;
+    if (mine !== turn) return;
+    if (state.failure) throw new Error(state.failure);
     say("Computing …");
     await new Promise((resolve) => setTimeout(resolve)); // let the browser draw that
     const result = await explain(state.model, image);
