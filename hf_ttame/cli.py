@@ -59,6 +59,10 @@ def explain(
 
     if class_ and top_k is not None:
         raise ValueError("give --class or --top-k, not both")
+    if out.is_file():
+        raise ValueError(f"--out {str(out)!r} is a file; give a folder for the overlays")
+    if folder := next((path for path in images if path.is_dir()), None):
+        raise ValueError(f"{str(folder)!r} is a folder; give pictures, or run `ttame explain-dataset {folder}`")
     explainer = _load(model, backbone)
     if class_:
         explainer.resolve_classes(class_)  # before any picture is touched

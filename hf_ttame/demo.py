@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -37,6 +38,17 @@ def load_efficientnet_lite0() -> PreTrainedModel:
     return wrap_backbone(module).model
 
 
+def load_explainer() -> Any:
+    """The shipped explainer of EfficientNet-Lite0, a `TTameModel` with its backbone, no download.
+
+    Raises:
+        ModuleNotFoundError: as `load_efficientnet_lite0`.
+    """
+    from .modeling_ttame import TTameModel
+
+    return TTameModel.from_pretrained(EXPLAINER, backbone=load_efficientnet_lite0(), strict=True)
+
+
 def run_demo(output: Path, top_k: int, say: Callable[[str], None]) -> None:
     """Explain the shipped photographs and write one picture: a row per photograph, an overlay per class.
 
@@ -45,10 +57,9 @@ def run_demo(output: Path, top_k: int, say: Callable[[str], None]) -> None:
         top_k: classes per photograph.
         say: receives each line of text.
     """
-    from .modeling_ttame import TTameModel
     from .visualization import contact_sheet
 
-    model = TTameModel.from_pretrained(EXPLAINER, backbone=load_efficientnet_lite0(), strict=True)
+    model = load_explainer()
     photographs = sorted(PHOTOGRAPHS.glob("*.jpg"))
     model.explain(photographs[0], top_k=top_k)  # the first pass allocates; it is not timed
     rows = []

@@ -100,6 +100,18 @@ def test_two_pictures_of_one_name_do_not_overwrite_each_other(
     assert len(list((tmp_path / "out").iterdir())) == 2
 
 
+def test_explain_tells_files_from_folders(
+    ttame: Command, explainer: Path, photo: Callable[..., Image.Image], tmp_path: Path
+) -> None:
+    photo().save(tmp_path / "a.png")
+    done = ttame("explain", tmp_path / "a.png", "--model", explainer, "--out", tmp_path / "a.png")
+    assert done.returncode == 1
+    assert "is a file; give a folder" in done.stderr
+    done = ttame("explain", tmp_path, "--model", explainer, "--out", tmp_path / "out")
+    assert done.returncode == 1
+    assert "ttame explain-dataset" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("model", "message"), [("no-such-model", "neither a folder nor a Hub id"), ("nobody/nothing", "nobody/nothing")]
 )
