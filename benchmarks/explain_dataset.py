@@ -30,7 +30,7 @@ from accelerate import Accelerator
 from hf_ttame import TTameModel
 from hf_ttame.dataset_input import open_input
 from hf_ttame.dataset_loader import Prepare, make_loader
-from hf_ttame.demo import EXPLAINER, load_efficientnet_lite0
+from hf_ttame.demo import load_explainer
 from hf_ttame.explain_dataset import MapPlan, explain_dataset
 
 ROWS_PER_SHARD = 500
@@ -38,7 +38,7 @@ ROWS_PER_SHARD = 500
 
 def load(name: str) -> TTameModel:
     if name == "efficientnet-lite0":
-        return TTameModel.from_pretrained(EXPLAINER, backbone=load_efficientnet_lite0())
+        return load_explainer()
     return TTameModel.from_pretrained(name)
 
 

