@@ -166,7 +166,9 @@ def start_as_classifier(head: TTameHead, pooled: PooledClassifier, outputs: str)
 
     The last layer's branch passes its features through unchanged, its slice of the fusion is the classifier's weight,
     every other slice is zero. The mean of each map is then the class's logit, where the map grid is a multiple of the
-    layer's. `outputs`: what the classifier's logits mean, see `answers.class_logits`.
+    layer's. Where the classifier reads the class token, each place holds what the classifier would say of that patch
+    token alone (the class identifiability of image tokens, arXiv 2310.18969). `outputs`: what the classifier's logits
+    mean, see `answers.class_logits`.
     """
     with torch.no_grad():
         silenced = head.convs[-1] if head.bns is None else head.bns[-1]

@@ -212,29 +212,35 @@ def tappable_layers(backbone: nn.Module, pixel_values: torch.Tensor) -> list[Fea
 
 @dataclass(frozen=True)
 class PooledClassifier:
-    """A linear classifier that reads the plain average of one feature layer.
+    """A linear classifier that reads the plain average of one feature layer, or the class token beside it.
 
     The logits are weight @ mean(layer) + bias, plus what `weight` does not cover (a class token beside the average).
+    With `reads` "token" they are weight @ token + bias, the token being the first of the same layer.
     """
 
     layer: str
-    weight: torch.Tensor  # (K, C), the columns that read the average
+    weight: torch.Tensor  # (K, C), the columns that read the average, or the token
     bias: torch.Tensor | None  # (K,)
     non_negative: bool  # whether the layer's values never fall below zero, so that a ReLU leaves them alone
+    reads: str = "mean"
 
 
 @torch.no_grad()
-def find_pooled_classifier(backbone: nn.Module, pixel_values: torch.Tensor) -> PooledClassifier | None:
+def find_pooled_classifier(
+    backbone: nn.Module, pixel_values: torch.Tensor, *, or_class_token: bool = False
+) -> PooledClassifier | None:
     """The linear classifier and the map whose average it reads, found by comparing numbers; None where there is none.
 
     Args:
         backbone: the classifier, in eval mode.
         pixel_values: (B, C, H, W), B >= 2, random.
+        or_class_token: where no average is read, take a classifier that reads the class token of a layer.
     """
     module = inner_module(backbone)
     height, width = pixel_values.shape[-2:]
     linears: list[tuple[nn.Linear, torch.Tensor, torch.Tensor]] = []
     means: list[tuple[str, torch.Tensor, bool]] = []
+    tokens: list[tuple[str, torch.Tensor, bool]] = []
 
     def note(name: str, child: nn.Module) -> Any:
         def hook(_module: nn.Module, args: Any, output: Any) -> None:
@@ -246,9 +252,12 @@ def find_pooled_classifier(backbone: nn.Module, pixel_values: torch.Tensor) -> P
                     facts = layout_of(backbone, name, tensor, height, width)
                 except ValueError:
                     return
-                maps = FeatureLayer(name=name, clone=False, **facts).to_maps(tensor)
+                layer = FeatureLayer(name=name, clone=False, **facts)
+                maps = layer.to_maps(tensor)
                 if min(maps.shape[-2:]) > 1:
                     means.append((name, maps.mean(dim=(-2, -1)), bool(maps.min() >= 0)))
+                    if layer.prefix_tokens:
+                        tokens.append((name, tensor[:, 0].clone(), bool(maps.min() >= 0)))
 
         return hook
 
@@ -262,18 +271,26 @@ def find_pooled_classifier(backbone: nn.Module, pixel_values: torch.Tensor) -> P
     if not classifiers:
         return None
     linear, x = classifiers[-1]
-    # The shortest name: "layer4" rather than its last activation, which is the same tensor.
     runs = Counter(name for name, _, _ in means)
-    once = [entry for entry in means if runs[entry[0]] == 1]  # a module that runs twice cannot be tapped
-    for name, mean, non_negative in sorted(once, key=lambda entry: entry[0].count(".")):
-        width_ = mean.shape[1]
-        for start in range(0, x.shape[1] - width_ + 1, width_):
-            part = x[:, start : start + width_]
-            # Relative to its size, and it must tell two pictures apart: values near zero would match anything.
-            error, size = (part - mean).norm(), part.norm()
-            if error <= 1e-4 * size and (part[0] - part[1]).norm() > 1e-3 * size:
-                weight = linear.weight[:, start : start + width_].clone()
-                return PooledClassifier(
-                    name, weight, None if linear.bias is None else linear.bias.clone(), non_negative
-                )
+    for reads, candidates in (("mean", means), ("token", tokens if or_class_token else [])):
+        once = [entry for entry in candidates if runs[entry[0]] == 1]  # a module that runs twice cannot be tapped
+        # The shortest name: "layer4" rather than its last activation, which is the same tensor.
+        for name, vector, non_negative in sorted(once, key=lambda entry: entry[0].count(".")):
+            columns = _columns_reading(vector, x)
+            if columns is not None:
+                weight = linear.weight[:, columns].clone()
+                bias = None if linear.bias is None else linear.bias.clone()
+                return PooledClassifier(name, weight, bias, non_negative, reads)
+    return None
+
+
+def _columns_reading(vector: torch.Tensor, x: torch.Tensor) -> slice | None:
+    """Where the classifier's input x (B, D) holds `vector` (B, C), as a multiple of C; None where nowhere."""
+    width = vector.shape[1]
+    for start in range(0, x.shape[1] - width + 1, width):
+        part = x[:, start : start + width]
+        # Relative to its size, and it must tell two pictures apart: values near zero would match anything.
+        error, size = (part - vector).norm(), part.norm()
+        if error <= 1e-4 * size and (part[0] - part[1]).norm() > 1e-3 * size:
+            return slice(start, start + width)
     return None

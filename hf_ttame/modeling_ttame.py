@@ -146,8 +146,9 @@ class TTameModel(PreTrainedModel):
                 classifier averages as the last one where the head starts from it.
             revision: branch, tag or commit of a Hub id.
             map_size: (h, w) of the maps; None: the largest grid among the layers, at most 56 x 56.
-            head_init: "random" as the paper; "classifier": the head starts as the class activation map, where that is
-                exact; "auto": "classifier" where exact and the layers are the default ones, else "random".
+            head_init: "random" as the paper; "classifier": the head starts as the class activation map, or, where the
+                classifier reads a class token, as its logits of every patch token; "auto": "classifier" where it is
+                exactly the class activation map and the layers are the default ones, else "random".
             pretrained: load weights.
             skip_connection, batch_norm, branch_activation, class_token: the paper's ablations, see `TTameConfig`.
             map_scaling: what `explain` scales to [0, 1], "sigmoid" or "logits".
@@ -191,12 +192,13 @@ class TTameModel(PreTrainedModel):
 
         pooled = None
         if head_init == "classifier" or (head_init == "auto" and feature_layers is None):
-            pooled = find_pooled_classifier(classifier, noise) if skip_connection else None
+            asked = head_init == "classifier" and class_token == "drop"
+            pooled = find_pooled_classifier(classifier, noise, or_class_token=asked) if skip_connection else None
         if head_init == "classifier" and pooled is None:
             raise ValueError(
                 "head_init='classifier' needs a skip connection and a linear classifier that reads the plain average "
-                f"of a feature map; {type(classifier).__name__} with skip_connection={skip_connection} has none; "
-                "use head_init='random'"
+                f"of a feature map, or its class token and class_token='drop'; {type(classifier).__name__} with "
+                f"skip_connection={skip_connection} and class_token={class_token!r} has none; use head_init='random'"
             )
         layers = choose_layers(classifier, noise, feature_layers, pooled)
         if class_token == "multiply" and not all(layer.prefix_tokens for layer in layers):

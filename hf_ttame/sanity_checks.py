@@ -140,7 +140,9 @@ def fresh_head(model: TTameModel, seed: int = 0) -> None:
         head = TTameHead.from_config(config)
     shape = (2, len(config.pixel_scale), *config.image_size)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(model.device)
-    if config.head_init == "classifier" and (pooled := find_pooled_classifier(model.backbone, noise)):
+    if config.head_init == "classifier" and (
+        pooled := find_pooled_classifier(model.backbone, noise, or_class_token=True)
+    ):
         start_as_classifier(head, pooled, config.classifier_outputs)
     model.head = head.to(next(model.head.parameters()))
 

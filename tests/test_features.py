@@ -332,3 +332,12 @@ def test_no_pooled_classifier(vgg, hf_vit, timm_vit, deit):
     for backbone in (vgg, hf_vit, deit):
         assert find_pooled_classifier(backbone, noise()) is None
     assert timm_vit.global_pool != "token" or find_pooled_classifier(timm_vit, noise()) is None
+
+
+def test_a_classifier_that_reads_the_class_token(vgg, hf_vit, deit, dinov2):
+    found = find_pooled_classifier(hf_vit, noise(), or_class_token=True)
+    assert (found.layer, found.reads, found.non_negative) == ("vit.layernorm", "token", False)
+    assert torch.equal(found.weight, hf_vit.classifier.weight)
+    assert find_pooled_classifier(dinov2, noise(2, 56, 56), or_class_token=True).reads == "mean"  # exact comes first
+    assert find_pooled_classifier(deit, noise(), or_class_token=True).layer == "deit.layernorm"
+    assert find_pooled_classifier(vgg, noise(), or_class_token=True) is None

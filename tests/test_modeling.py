@@ -243,9 +243,22 @@ def test_warm_start_without_classifier_bias(fresh):
     assert not fresh.head.fuser.bias.any()
 
 
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_warm_start_of_a_class_token_is_the_classifier_on_each_patch_token(vit_folder, hf_vit, batch_norm):
+    model = TTameModel.from_backbone(vit_folder, head_init="classifier", batch_norm=batch_norm)
+    assert (model.config.head_init, model.layers[-1].name) == ("classifier", "vit.layernorm")
+    assert model.config.last_layer_relu is False
+    x = noise(4)
+    out = model(x, "all")
+    with torch.no_grad():
+        tokens = hf_vit.classifier(hf_vit.vit(x).last_hidden_state)
+    assert torch.allclose(out.logits, tokens[:, 0], atol=1e-5)
+    assert torch.allclose(out.map_logits.flatten(2).mT, tokens[:, 1:], atol=1e-4)
+
+
 def test_where_no_warm_start_exists(vit_folder):
-    assert TTameModel.from_backbone(vit_folder).config.head_init == "random"
-    for arguments in ({}, {"skip_connection": False}):
+    assert TTameModel.from_backbone(vit_folder).config.head_init == "random"  # not exact: on request only
+    for arguments in ({"skip_connection": False}, {"class_token": "multiply"}):
         with pytest.raises(ValueError, match=r"head_init='classifier' needs.*use head_init='random'"):
             TTameModel.from_backbone(vit_folder, head_init="classifier", **arguments)
     assert TTameModel.from_backbone(make_timm("test_resnet"), skip_connection=False).config.head_init == "random"
