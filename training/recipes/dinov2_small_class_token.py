@@ -15,6 +15,7 @@ Hardware: 2 CPU cores. Time and figures: training/LOG.md.
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -38,12 +39,12 @@ _RENAMED = {
 @torch.no_grad()
 def prepare(folder: str, target: Path) -> None:
     """Write the class-token classifier to `target`."""
-    source = AutoModelForImageClassification.from_pretrained(folder)
+    source: Any = AutoModelForImageClassification.from_pretrained(folder)
     processor = AutoImageProcessor.from_pretrained(folder)
     size = processor.crop_size["height"]
     classes = source.config.num_labels
-    module = timm.create_model("vit_small_patch14_dinov2", num_classes=classes, img_size=size)
-    weights = {}
+    module: Any = timm.create_model("vit_small_patch14_dinov2", num_classes=classes, img_size=size)
+    weights: dict[str, torch.Tensor] = {}
     for name, tensor in source.dinov2.state_dict().items():
         for old, new in _RENAMED.items():
             name = name.replace(old, new)
