@@ -203,7 +203,10 @@ def test_a_run_lowers_the_loss_and_tells_how_it_went(server: Any, backbone: str,
     report = json.loads((output / "report.json").read_text())
     assert report["steps"] == 40
     assert report["pictures"] == 320
-    assert report["coverage"]["explained"] == int((model.head.class_counts > 0).sum())
+    explained = int((model.head.class_counts > 0).sum())
+    assert report["coverage"]["explained"] == explained
+    others = f"; the rows of the other {5 - explained} are untrained" if explained < 5 else ""
+    assert f"explained {explained} of 5 classes{others}\n" in text
     assert [found["step"] for found in report["validations"]] == [20, 40]
     assert report["best"]["score"] == min(found["score"] for found in report["validations"])
     low, high = report["last_95"]["AD soft 50"]

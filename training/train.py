@@ -549,7 +549,11 @@ def main(argv: list[str] | None = None) -> int:
                 write_record(output / "best", record)
             write_record(output / "explainer", record)
             found = report["coverage"]
-            print(f"explained {found['explained']} of {found['classes']} classes; the other rows are untrained")
+            untrained = found["classes"] - found["explained"]
+            print(
+                f"explained {found['explained']} of {found['classes']} classes"
+                + (f"; the rows of the other {untrained} are untrained" if untrained else "")
+            )
             if unreadable:
                 print(f"{len(unreadable)} unreadable pictures were passed over; report.json lists them")
             print(f"saved the explainer in {output / 'explainer'}; see {output / 'curves.png'}")
