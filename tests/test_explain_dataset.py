@@ -240,6 +240,9 @@ def test_folders_of_pictures_saved_datasets_and_tar_files(model: TTameModel, par
     unnamed = MapPlan(str(folder), id_column="", **SMALL)
     explain_dataset(model, unnamed, tmp_path / "unnamed", progress=False)
     assert "file_name" not in rows(tmp_path / "unnamed")[0]
+    fewer = MapPlan(str(folder), **{**SMALL, "rows_per_file": 3})  # of pictures this changes the shards too
+    with pytest.raises(ValueError, match=r"different: rows_per_file \(2 there, 3 here\); choose"):
+        explain_dataset(model, fewer, tmp_path / "a", progress=False)
 
     saved = datasets.Dataset.from_parquet(str(parquet / "train-1.parquet"), cache_dir=str(tmp_path / "cache"))
     saved.save_to_disk(str(tmp_path / "saved"))
