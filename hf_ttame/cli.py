@@ -510,15 +510,22 @@ def _require(module: str, extra: str) -> None:
 
 def _load(model: str, backbone: str | None) -> Any:
     from .modeling_ttame import TTameModel
+    from .paths import check_path, nearest_path
 
+    if backbone not in (None, "efficientnet-lite0"):
+        check_path(backbone, "backbone")
     module: Any = backbone
     if "efficientnet-lite0" in (model, backbone):  # the one that the package ships a head for
         from .demo import EXPLAINER, load_efficientnet_lite0
 
         model = str(EXPLAINER) if model == "efficientnet-lite0" else model
         module = load_efficientnet_lite0() if backbone in (None, "efficientnet-lite0") else backbone
-    if not Path(model).exists() and model.count("/") != 1:
-        raise ValueError(f"explainer {model!r} is neither a folder nor a Hub id of the form 'organisation/name'")
+    if not Path(model).exists() and "/" not in model:
+        near = nearest_path(model)
+        raise ValueError(
+            f"explainer {model!r} is neither a folder nor a Hub id of the form 'organisation/name'"
+            + (f"; nearest: {near!r}" if near else "")
+        )
     return TTameModel.from_pretrained(model, backbone=module)
 
 

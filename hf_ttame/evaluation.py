@@ -41,6 +41,7 @@ from .metrics.confidence import drops, increases
 from .metrics.insertion_deletion import STARTS, empty_image
 from .metrics.localization import MOSAIC_CONFIDENCE, TILES, box_region, fit, half_size, mosaic
 from .modeling_ttame import TTameModel
+from .paths import check_path
 from .pictures import decode, image_column, open_stream, parse_where, rows
 from .records import head_fingerprint
 from .reporting import environment, write_report
@@ -111,6 +112,7 @@ class Plan:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         parse_where(self.where)
+        check_path(self.dataset, "dataset", "dataset")
 
     def fixed(self) -> dict[str, Any]:
         """What must not change between the parts of one resumed run; methods, metrics and limits may grow."""

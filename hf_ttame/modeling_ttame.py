@@ -42,6 +42,7 @@ from .image_processing import (
 )
 from .layer_choice import choose_layers, find_pooled_classifier
 from .masking import min_max
+from .paths import check_path
 from .records import Records, head_fingerprint
 from .saving import (
     add_remote_code,
@@ -588,6 +589,7 @@ class TTameModel(PreTrainedModel):
             key: kwargs[key] for key in ("token", "cache_dir", "local_files_only") if key in kwargs
         }
         where: dict[str, Any] = {**hub_kwargs, "revision": kwargs.get("revision")}
+        check_path(source, "explainer", **hub_kwargs)
         cached = None if os.path.isdir(source) else (source, kwargs.get("revision"), kwargs.get("cache_dir"))
         loading_info = kwargs.get("output_loading_info", False)
         attention = {key: kwargs.pop(key) for key in ("attn_implementation",) if key in kwargs}

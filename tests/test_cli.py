@@ -113,12 +113,25 @@ def test_explain_tells_files_from_folders(
 
 
 @pytest.mark.parametrize(
-    ("model", "message"), [("no-such-model", "neither a folder nor a Hub id"), ("nobody/nothing", "nobody/nothing")]
+    ("model", "message"),
+    [
+        ("no-such-model", "neither a folder nor a Hub id"),
+        ("explaner", "; nearest: 'explainer'"),
+        ("./explaner", "the explainer './explaner' does not exist; nearest: 'explainer'"),
+        ("nobody/nothing", "nobody/nothing"),
+    ],
 )
 def test_a_model_that_is_not_there(
-    ttame: Command, model: str, message: str, photo: Callable[..., Image.Image], tmp_path: Path
+    ttame: Command,
+    model: str,
+    message: str,
+    photo: Callable[..., Image.Image],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     photo().save(tmp_path / "a.png")
+    (tmp_path / "explainer").mkdir()
+    monkeypatch.chdir(tmp_path)
     done = ttame("explain", tmp_path / "a.png", "--model", model)
     assert done.returncode == 1
     assert message in done.stderr

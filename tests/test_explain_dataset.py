@@ -425,7 +425,7 @@ def test_bad_input_is_said_in_words(model: TTameModel, parquet: Path, tmp_path: 
     run(ValueError, "none of the 60 pictures could be read.*is 'key' the column", image_column="key")
     run(ValueError, "class 'church bell' is neither a label nor an id", class_ids=("church bell",))
     run(ValueError, r"top_k must lie in 1..7, got 8", top_k=8)
-    run(ValueError, "neither a folder nor a dataset on the Hub", dataset=tmp_path / "missing")
+    run(ValueError, "the dataset '.*/missing' does not exist", dataset=tmp_path / "missing")
     (tmp_path / "empty").mkdir()
     run(ValueError, "holds neither", dataset=tmp_path / "empty")
     pyarrow.parquet.write_table(pyarrow.table({"image": pyarrow.array([], "binary")}), tmp_path / "none.parquet")
