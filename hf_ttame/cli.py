@@ -1,7 +1,6 @@
 """The command `ttame`. Heavy imports stand inside the commands: `ttame --help` answers at once."""
 
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -302,10 +301,24 @@ def train(context: typer.Context) -> None:
     script = _shipped("training/train.py")
     _require("accelerate", "train")
     _require("datasets", "train")
+    import logging
+    import signal
+    import subprocess
+
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.getLogger("accelerate.commands.launch").setLevel(logging.ERROR)  # which of its defaults it took
     above = str(Path(__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([above, os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", "accelerate.commands.launch", str(script), *context.args]
-    raise typer.Exit(subprocess.call(command, env=environment))
+    os.environ["PYTHONPATH"] = os.pathsep.join([above, os.environ.get("PYTHONPATH", "")])
+    # Ctrl-C reaches the training too, which saves a checkpoint and ends by itself; this process waits for it.
+    signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        launch_command(launch_command_parser().parse_args([str(script), *context.args]))
+    except subprocess.CalledProcessError as error:  # the training has said why
+        raise typer.Exit(error.returncode if error.returncode > 0 else 128 - error.returncode) from None
+    except ChildFailedError:
+        raise typer.Exit(1) from None
 
 
 _DATASET = typer.Option(help="Pictures: a Hub id, a folder of parquet files or of pictures, a parquet file.")

@@ -155,6 +155,13 @@ def test_layers_of_an_architecture_without_weights(ttame: Command) -> None:
     assert "pretrained=False" in refused.stderr
 
 
+def test_an_error_of_the_training_is_one_line(tmp_path: Path) -> None:
+    done = process(TTAME, "train", "--backbone", "./nothing", "--dataset", "x", "--output", tmp_path / "run")
+    assert done.returncode == 1
+    assert done.stderr.startswith("training: the backbone './nothing' does not exist")
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
 def test_train_reaches_the_training_script() -> None:
     done = process(TTAME, "train", "--help")
     assert done.returncode == 0, done.stderr
