@@ -550,7 +550,9 @@ def main() -> None:
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         if os.environ.get("TTAME_DEBUG"):
             raise
-        typer.echo(f"ttame: {error}", err=True)
+        from .disk import full_disk
+
+        typer.echo(f"ttame: {full_disk(error) or error}", err=True)
         sys.exit(1)
 
 

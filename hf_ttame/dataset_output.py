@@ -79,6 +79,8 @@ class Output:
         try:
             lock_settings(self.folder, settings, main=True, follows=_FOLLOWS)
         except OSError as error:
+            if error.errno is None:  # in words already
+                raise
             raise OSError(f"{str(self.folder)!r} cannot be written: {error.strerror}; choose another --out") from error
 
     def finished(self) -> tuple[dict[Unit, Path], dict[int, int]]:

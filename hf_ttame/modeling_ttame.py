@@ -25,6 +25,7 @@ from .answers import answered, class_logits, probabilities
 from .backbones import Backbone, check_finite, input_channels, labels_of, load_backbone, outputs_of, wrap_backbone
 from .cards import is_ours, write_card
 from .configuration_ttame import TTameConfig
+from .disk import writing
 from .explanation import Explanation
 from .features import FeatureLayer, check_names, classify, extract, probe_layers
 from .head import TTameHead, start_as_classifier, unsaturate
@@ -506,7 +507,7 @@ class TTameModel(PreTrainedModel):
             )
         target.parent.mkdir(parents=True, exist_ok=True)
         before = (self.config.backbone_included, self.config.head_fingerprint)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as part:
+        with writing(target), tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as part:
             try:
                 self.config.backbone_included = include
                 if head_dtype is not None:

@@ -17,6 +17,8 @@ import torch
 from huggingface_hub.utils import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from torch import nn
 
+from .disk import writing
+
 # The one module that a repository holds: it names the installed package, so nobody's copy of the code can go stale.
 REMOTE_MODULE = "hf_ttame_remote.py"
 _REMOTE_CODE = "from hf_ttame import TTameConfig, TTameModel  # pip install hf-ttame\n"
@@ -261,7 +263,8 @@ def write_whole(path: Path, text: str) -> None:
     """Write a file that has its name only when it is complete, also where several processes write it at once."""
     part = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.part")
     try:
-        part.write_text(text, encoding="utf-8")
+        with writing(path):
+            part.write_text(text, encoding="utf-8")
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

@@ -287,8 +287,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(server: Any, backbone: str, parq
     run.wait(-signal.SIGKILL)
     (before,) = (tmp_path / "full").glob("checkpoint-00000005")
     text = Run(server, [*full, "--resume"], largest_file=6000).wait(1)
-    assert "warning: no checkpoint at step 10" in text
-    assert "could not be saved" in text
+    assert f"warning: no checkpoint at step 10: '{full[5]}/checkpoint-00000010' cannot be written: " in text
+    assert f"the explainer could not be saved: '{full[5]}/curves.png' cannot be written: " in text
+    assert "; make room; run again with --resume" in text
     assert sorted((tmp_path / "full").glob("checkpoint-*")) == [before]
     assert not (tmp_path / "full" / "explainer").exists()
     assert not list((tmp_path / "full").glob(".*")), "nothing half-written stays"
