@@ -343,7 +343,9 @@ def evaluate(
     split: Annotated[str, typer.Option(help="Split of the dataset.")] = "validation",
     limit: Annotated[int | None, typer.Option(help="Images; default: all.")] = None,
     curve_limit: Annotated[int, typer.Option(help="The first so many for ROAD, insertion, deletion.")] = 100,
-    mosaics: Annotated[int, typer.Option(help="2 x 2 mosaics for grid pointing.")] = 100,
+    mosaics: Annotated[
+        int | None, typer.Option(help="2 x 2 mosaics for grid pointing, at most. Default: --limit, 100 at most.")
+    ] = None,
     where: Annotated[str | None, _WHERE] = None,
     box_column: Annotated[str | None, _BOXES] = None,
     image_column: Annotated[str | None, typer.Option(help="Column of the pictures; found if not given.")] = None,
@@ -386,7 +388,9 @@ def compare(
     limit: Annotated[int | None, typer.Option(help="Images; default: all.")] = None,
     slow_limit: Annotated[int, typer.Option(help="The first so many for methods with dozens of passes.")] = 100,
     curve_limit: Annotated[int, typer.Option(help="The first so many for ROAD, insertion, deletion.")] = 100,
-    mosaics: Annotated[int, typer.Option(help="2 x 2 mosaics for grid pointing.")] = 100,
+    mosaics: Annotated[
+        int | None, typer.Option(help="2 x 2 mosaics for grid pointing, at most. Default: --limit, 100 at most.")
+    ] = None,
     slow_mosaics: Annotated[int, typer.Option(help="The same for methods with dozens of passes per map.")] = 0,
     rise_masks: Annotated[int, typer.Option(help="Masks of RISE: its passes per map.")] = 4000,
     where: Annotated[str | None, _WHERE] = None,
@@ -500,7 +504,13 @@ def _measure(
         from .sanity_checks import run_checks
 
         sanity = run_checks(explainer.to(accelerator.device), made, say=accelerator.print, **checks)
-    report = compare(explainer, made, output, accelerator=accelerator, sanity=sanity)
+    try:
+        report = compare(explainer, made, output, accelerator=accelerator, sanity=sanity)
+    except KeyboardInterrupt:
+        typer.echo(
+            f"interrupted; what is measured stands in {output}: run the same command again to continue", err=True
+        )
+        raise typer.Exit(130) from None
     if report:
         typer.echo(
             f"wrote {output / 'report.md'}, report.json and {', '.join(report['pictures'].values()) or 'no plots'}"

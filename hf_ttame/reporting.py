@@ -266,7 +266,11 @@ def to_markdown(report: dict[str, Any]) -> str:
             f"{entry.get('backward_passes', '')} | {entry.get('ms_per_map', '')} |"
         )
     where = report["environment"]
-    lines += ["", f"Passes counted by hooks; time on {where['device']}, batches of {where['batch_size']}.", ""]
+    lines += [
+        "",
+        f"Passes counted by hooks; time on {where['device']}, up to {where['batch_size']} images at once.",
+        "",
+    ]
     if report["differences"]:
         lines += [
             "## T-TAME against each method",
