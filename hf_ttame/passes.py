@@ -1,6 +1,5 @@
 """How far an evaluation is, and how long it will take: foretold and counted in passes of the backbone."""
 
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -43,8 +42,6 @@ class PassBar:
     def __init__(self, backbone: nn.Module, total: int, seconds: float, disable: bool = False):
         self._backbone, self._seconds = backbone, seconds
         self.count = 0
-        if total and not disable:
-            print(f"about {total:,} passes of the classifier, {in_words(total * seconds)}", file=sys.stderr)
         # Every pass costs about the same, so the mean over the run tells the time left.
         self.bar = tqdm(total=total, unit="pass", smoothing=0, miniters=1, mininterval=0.5, disable=disable)
 
@@ -74,14 +71,3 @@ class PassBar:
         """How many images, at least 1, can be measured in so many seconds, of `passes` passes each."""
         pace = (time.monotonic() - self._began + self._seconds) / (self.count + 1)
         return max(1, int(seconds / (passes * pace)))
-
-
-def in_words(seconds: float) -> str:
-    """ "40 s", "25 min" or "3.1 h"."""
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 90
-        else f"{seconds / 60:.0f} min"
-        if seconds < 5400
-        else f"{seconds / 3600:.1f} h"
-    )

@@ -10,6 +10,7 @@ from huggingface_hub.file_download import repo_folder_name
 
 from .saving import HUB_ERRORS, checked_token, is_local_path
 
+_UNKNOWN: tuple[type[Exception], ...] = (*HUB_ERRORS, ValueError)
 _PATIENCE = 5.0  # seconds that the Hub has to say whether it knows a name that resembles a folder's
 
 
@@ -72,6 +73,6 @@ def _on_hub(
         huggingface_hub.HfApi(token=checked_token(token)).repo_info(name, repo_type=repo_type, timeout=_PATIENCE)
     except huggingface_hub.errors.GatedRepoError:
         return True  # the client says what to do
-    except (*HUB_ERRORS, ValueError):
+    except _UNKNOWN:
         return False
     return True

@@ -201,7 +201,9 @@ def test_every_map_is_foretold_shown_and_kept(
     assert len(Store(tmp_path).earlier) == 3, "kept, though no half minute has passed"
     monkeypatch.setattr(module, "measure_batch", real)
     compare(model, wanted, tmp_path)
-    assert "passes of the classifier" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "scan: 100%" in shown
+    assert "pass/s" in shown
     assert bars[1].count == bars[1].bar.n == bars[1].bar.total
     assert foretold[1] == pytest.approx(bars[1].count, rel=0.2)
     assert foretold[1] < foretold[0]
