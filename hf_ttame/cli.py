@@ -312,13 +312,15 @@ def train(context: typer.Context) -> None:
     above = str(Path(__file__).parents[1])
     os.environ["PYTHONPATH"] = os.pathsep.join([above, os.environ.get("PYTHONPATH", "")])
     # Ctrl-C reaches the training too, which saves a checkpoint and ends by itself; this process waits for it.
-    signal.signal(signal.SIGINT, lambda *_: None)
+    before = signal.signal(signal.SIGINT, lambda *_: None)
     try:
         launch_command(launch_command_parser().parse_args([str(script), *context.args]))
     except subprocess.CalledProcessError as error:  # the training has said why
         raise typer.Exit(error.returncode if error.returncode > 0 else 128 - error.returncode) from None
     except ChildFailedError:
         raise typer.Exit(1) from None
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 _DATASET = typer.Option(help="Pictures: a Hub id, a folder of parquet files or of pictures, a parquet file.")
@@ -495,8 +497,11 @@ def _measure(
     from accelerate import Accelerator
 
     from .evaluation import Plan, compare
+    from .paths import check_path
 
     made = Plan(**plan)
+    if checks and checks["judge"]:
+        check_path(checks["judge"], "judge")
     accelerator = Accelerator()
     explainer = _load(model, backbone)
     sanity = None

@@ -254,9 +254,8 @@ def scan(model: TTameModel, images: Images, plan: Plan, bar: Any = None) -> Scan
     """Classify and explain every image once; the same result on every process."""
     size = (model.config.image_size[0], model.config.image_size[1])
     found = Accumulator()
-    room = 8 * max(
-        plan.most_mosaics, plan.slow_mosaics
-    )  # twice what the mosaics need, for four different classes each
+    # Twice what the mosaics need, for four different classes each.
+    room = 8 * max(plan.most_mosaics, plan.slow_mosaics)
     tiles = 0
     for batch in images.batches(plan.limit):
         output = model(batch.pixel_values)
