@@ -186,7 +186,8 @@ def test_a_full_disk_is_one_line_with_the_file(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert done.returncode == 1, done.stdout
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("ttame: ")]
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("ttame: ")
     assert file in line
     assert "cannot be written" in line
     assert "make room" in line
