@@ -6,7 +6,8 @@ Measured as in hf_ttame.metrics.confidence: soft and binary masks, 100, 50 and 1
 uniform noise, the Gaussian has a standard deviation of a quarter of the side. Grad-CAM comes from the package
 `grad-cam`, on the explainer's last feature layer and on the last stage or block, which need not be the same. Paired 95
 percent bootstrap intervals of the difference to each other method stand beside the figures. Ends in one JSON line;
---output writes it, indented, to a file too.
+--output writes it, indented, to a file too. For a slow classifier, --methods leaves methods out and --precision
+bfloat16 runs every pass under autocast.
 """
 
 import argparse
@@ -32,6 +33,8 @@ from hf_ttame.metrics.confidence import drops, increases
 from hf_ttame.pictures import decode, image_column, open_stream
 from hf_ttame.records import head_fingerprint
 
+METHODS = ("random", "gaussian", "gradcam", "ttame")
+
 
 class Logits(nn.Module):
     """The classifier as grad-cam wants it: pixel values to a logits tensor."""
@@ -42,7 +45,7 @@ class Logits(nn.Module):
         self.classify = model.classify
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.classify(pixel_values)
+        return self.classify(pixel_values).float()
 
 
 def gaussian(size: int = 28) -> torch.Tensor:
@@ -65,8 +68,13 @@ def main() -> None:
     parser.add_argument("--limit", type=int)
     parser.add_argument("--batch-size", type=int, default=25)
     parser.add_argument("--where-label", help="COLUMN%%N==R: only rows whose column modulo N is R")
+    parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated; ttame is always there")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of every pass")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
+    methods = {"ttame", *arguments.methods.replace(" ", "").split(",")}
+    if unknown := methods - set(METHODS):
+        parser.error(f"--methods must be of {', '.join(METHODS)}, got {', '.join(sorted(unknown))}")
 
     backbone = load_efficientnet_lite0() if arguments.backbone == "efficientnet-lite0" else arguments.backbone
     model = TTameModel.from_pretrained(arguments.model, backbone=backbone).to(memory_format=torch.channels_last)
@@ -89,6 +97,9 @@ def main() -> None:
     found: dict[str, dict[str, list[torch.Tensor]]] = {}
     confidences = []
     with contextlib.ExitStack() as stack:
+        stack.enter_context(
+            torch.autocast(model.device.type, torch.bfloat16, enabled=arguments.precision == "bfloat16")
+        )
         gradcams = {
             f"gradcam {layer.name}": stack.enter_context(
                 GradCAM(
@@ -98,6 +109,7 @@ def main() -> None:
                 )
             )
             for layer in cam_layers
+            if "gradcam" in methods
         }
         for start in tqdm(range(0, len(examples), arguments.batch_size), unit="batch"):
             pictures = [decode(example[column]) for example in examples[start : start + arguments.batch_size]]
@@ -105,7 +117,7 @@ def main() -> None:
             with torch.no_grad():
                 output = model(pixel_values)
             targets = output.logits.argmax(dim=1)
-            confidences.append(output.logits.softmax(dim=1)[torch.arange(len(targets)), targets])
+            confidences.append(output.logits.float().softmax(dim=1)[torch.arange(len(targets)), targets])
             # grad-cam leaves parameters without requires_grad alone: gradients reach its layer through the input.
             wanted = [ClassifierOutputTarget(int(target)) for target in targets]
             cams = {
@@ -116,12 +128,14 @@ def main() -> None:
                 "random": torch.rand(len(targets), 7, 7, generator=generator),
                 "gaussian": gaussian().expand(len(targets), -1, -1),
                 **cams,
-                "ttame sigmoid": output.map_logits[:, 0].sigmoid(),
-                "ttame logits": output.map_logits[:, 0],
+                "ttame sigmoid": output.map_logits[:, 0].float().sigmoid(),
+                "ttame logits": output.map_logits[:, 0].float(),
             }
             with torch.no_grad():
                 for method, batch in maps.items():
-                    measured = masked_confidence(judge_by(model.classify), pixel_values, targets, batch, model.fill())
+                    if method.split()[0] not in methods:
+                        continue
+                    measured = masked_confidence(judge_by(logits), pixel_values, targets, batch, model.fill())
                     for name, masked in measured.items():
                         found.setdefault(method, {}).setdefault(name, []).append(masked)
 
@@ -140,6 +154,7 @@ def main() -> None:
         "backbone_fingerprint": model.config.backbone_fingerprint,
         "dataset": f"{Path(arguments.dataset).name} {arguments.split} {arguments.where_label or ''}".strip(),
         "map_scaling": model.config.map_scaling,
+        "precision": arguments.precision,
         "methods": {
             method: {name: round(float(v.mean()), 2) for name, v in table.items()} for method, table in values.items()
         },

@@ -69,6 +69,15 @@ class Explainer:
         other = int(edge * long / short)
         return (edge, other) if size[0] <= size[1] else (other, edge)
 
+    def fewer(self, top_k: int) -> str | None:
+        """What to say of `top_k` classes where the graph gives fewer maps; None where it gives them."""
+        classes, labels = self.facts["classes"], len(self.facts["labels"])
+        given = {"predicted": 1, "given": labels, "all": labels}.get(classes, classes.removeprefix("top"))
+        if top_k <= int(given):
+            return None
+        remedy = f"; for more export it with --classes top{top_k}, given or all" if int(given) < labels else ""
+        return f"of --top-k {top_k} this graph gives the first {given}{remedy}"
+
     def explain(self, picture: Image.Image, wanted: list[int] | None = None, top_k: int = 1) -> list[dict]:
         """Per class: class_id, label, score, map (height, width) in [0, 1], seen (height, width) bool.
 
@@ -189,6 +198,8 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         explainer = Explainer(arguments.model)
+        if not arguments.wanted and (fewer := explainer.fewer(arguments.top_k)):
+            print(f"serve_onnx: {fewer}", file=sys.stderr)
         if arguments.port is not None:
             server = ThreadingHTTPServer(("127.0.0.1", arguments.port), handler(explainer, arguments.top_k))
             print(f"POST a picture to http://127.0.0.1:{server.server_address[1]}", flush=True)

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 from .image_processing import measure_normalisation, processor_from_timm
+from .paths import check_path, nearest_path
 from .saving import (
     DamagedDownload,
     check_download,
@@ -78,6 +79,8 @@ def load_backbone(
         return _random_timm(name, processor)
     if "token" in hub_kwargs:
         hub_kwargs["token"] = checked_token(hub_kwargs["token"])
+    if not only_hub:
+        check_path(name, "backbone", **hub_kwargs)
     folder = Path(name, subfolder)
     local = Path(name).is_dir()
     if only_hub and Path(name).exists():
@@ -89,7 +92,9 @@ def load_backbone(
         raise ValueError(f"{str(folder)!r} holds no weights; a model folder has config.json and model.safetensors")
     if not local and "/" not in name:
         raise ValueError(
-            f"{name!r} is neither a folder nor a Hub id; a Hub id has the form 'timm/resnet50.a1_in1k'; "
+            f"{name!r} is neither a folder nor a Hub id"
+            + (f"; nearest: {near!r}" if (near := nearest_path(name)) else "")
+            + "; a Hub id has the form 'timm/resnet50.a1_in1k'; "
             "for a timm architecture without weights pass pretrained=False (`ttame layers`: --no-pretrained)"
         )
     where = {"revision": revision, "subfolder": subfolder, "trust_remote_code": False, **hub_kwargs}

@@ -296,10 +296,12 @@ def _cost(training: Any) -> str:
     seconds, machine = (training or {}).get("seconds"), (training or {}).get("machine")
     if not isinstance(seconds, (int, float)) or number(seconds) == NOT_MEASURED:
         return NOT_MEASURED
-    where = (
-        ", ".join(f"{key} {value}" for key, value in machine.items()) if isinstance(machine, dict) else NOT_RECORDED
-    )
-    return f"{seconds / 60:.0f} minutes (machine: {where})"
+    return f"{seconds / 60:.0f} minutes (machine: {_listed(machine) if isinstance(machine, dict) else NOT_RECORDED})"
+
+
+def _listed(facts: Mapping[str, Any]) -> str:
+    """ "device cpu, cores 2, torch 2.9"; of a dictionary in it, such as the versions, the entries."""
+    return ", ".join(_listed(value) if isinstance(value, dict) else f"{key} {value}" for key, value in facts.items())
 
 
 def _dataset(training: Any) -> str:

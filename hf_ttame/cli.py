@@ -1,7 +1,6 @@
 """The command `ttame`. Heavy imports stand inside the commands: `ttame --help` answers at once."""
 
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -302,10 +301,26 @@ def train(context: typer.Context) -> None:
     script = _shipped("training/train.py")
     _require("accelerate", "train")
     _require("datasets", "train")
+    import logging
+    import signal
+    import subprocess
+
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.getLogger("accelerate.commands.launch").setLevel(logging.ERROR)  # which of its defaults it took
     above = str(Path(__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([above, os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", "accelerate.commands.launch", str(script), *context.args]
-    raise typer.Exit(subprocess.call(command, env=environment))
+    os.environ["PYTHONPATH"] = os.pathsep.join([above, os.environ.get("PYTHONPATH", "")])
+    # Ctrl-C reaches the training too, which saves a checkpoint and ends by itself; this process waits for it.
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        launch_command(launch_command_parser().parse_args([str(script), *context.args]))
+    except subprocess.CalledProcessError as error:  # the training has said why
+        raise typer.Exit(error.returncode if error.returncode > 0 else 128 - error.returncode) from None
+    except ChildFailedError:
+        raise typer.Exit(1) from None
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 _DATASET = typer.Option(help="Pictures: a Hub id, a folder of parquet files or of pictures, a parquet file.")
@@ -330,7 +345,9 @@ def evaluate(
     split: Annotated[str, typer.Option(help="Split of the dataset.")] = "validation",
     limit: Annotated[int | None, typer.Option(help="Images; default: all.")] = None,
     curve_limit: Annotated[int, typer.Option(help="The first so many for ROAD, insertion, deletion.")] = 100,
-    mosaics: Annotated[int, typer.Option(help="2 x 2 mosaics for grid pointing.")] = 100,
+    mosaics: Annotated[
+        int | None, typer.Option(help="2 x 2 mosaics for grid pointing, at most. Default: --limit, 100 at most.")
+    ] = None,
     where: Annotated[str | None, _WHERE] = None,
     box_column: Annotated[str | None, _BOXES] = None,
     image_column: Annotated[str | None, typer.Option(help="Column of the pictures; found if not given.")] = None,
@@ -373,7 +390,9 @@ def compare(
     limit: Annotated[int | None, typer.Option(help="Images; default: all.")] = None,
     slow_limit: Annotated[int, typer.Option(help="The first so many for methods with dozens of passes.")] = 100,
     curve_limit: Annotated[int, typer.Option(help="The first so many for ROAD, insertion, deletion.")] = 100,
-    mosaics: Annotated[int, typer.Option(help="2 x 2 mosaics for grid pointing.")] = 100,
+    mosaics: Annotated[
+        int | None, typer.Option(help="2 x 2 mosaics for grid pointing, at most. Default: --limit, 100 at most.")
+    ] = None,
     slow_mosaics: Annotated[int, typer.Option(help="The same for methods with dozens of passes per map.")] = 0,
     rise_masks: Annotated[int, typer.Option(help="Masks of RISE: its passes per map.")] = 4000,
     where: Annotated[str | None, _WHERE] = None,
@@ -478,8 +497,11 @@ def _measure(
     from accelerate import Accelerator
 
     from .evaluation import Plan, compare
+    from .paths import check_path
 
     made = Plan(**plan)
+    if checks and checks["judge"]:
+        check_path(checks["judge"], "judge")
     accelerator = Accelerator()
     explainer = _load(model, backbone)
     sanity = None
@@ -487,7 +509,13 @@ def _measure(
         from .sanity_checks import run_checks
 
         sanity = run_checks(explainer.to(accelerator.device), made, say=accelerator.print, **checks)
-    report = compare(explainer, made, output, accelerator=accelerator, sanity=sanity)
+    try:
+        report = compare(explainer, made, output, accelerator=accelerator, sanity=sanity)
+    except KeyboardInterrupt:
+        typer.echo(
+            f"interrupted; what is measured stands in {output}: run the same command again to continue", err=True
+        )
+        raise typer.Exit(130) from None
     if report:
         typer.echo(
             f"wrote {output / 'report.md'}, report.json and {', '.join(report['pictures'].values()) or 'no plots'}"
@@ -510,15 +538,22 @@ def _require(module: str, extra: str) -> None:
 
 def _load(model: str, backbone: str | None) -> Any:
     from .modeling_ttame import TTameModel
+    from .paths import check_path, nearest_path
 
+    if backbone not in (None, "efficientnet-lite0"):
+        check_path(backbone, "backbone")
     module: Any = backbone
     if "efficientnet-lite0" in (model, backbone):  # the one that the package ships a head for
         from .demo import EXPLAINER, load_efficientnet_lite0
 
         model = str(EXPLAINER) if model == "efficientnet-lite0" else model
         module = load_efficientnet_lite0() if backbone in (None, "efficientnet-lite0") else backbone
-    if not Path(model).exists() and model.count("/") != 1:
-        raise ValueError(f"explainer {model!r} is neither a folder nor a Hub id of the form 'organisation/name'")
+    if not Path(model).exists() and "/" not in model:
+        near = nearest_path(model)
+        raise ValueError(
+            f"explainer {model!r} is neither a folder nor a Hub id of the form 'organisation/name'"
+            + (f"; nearest: {near!r}" if near else "")
+        )
     return TTameModel.from_pretrained(model, backbone=module)
 
 
@@ -530,7 +565,9 @@ def main() -> None:
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         if os.environ.get("TTAME_DEBUG"):
             raise
-        typer.echo(f"ttame: {error}", err=True)
+        from .disk import full_disk
+
+        typer.echo(f"ttame: {full_disk(error) or error}", err=True)
         sys.exit(1)
 
 

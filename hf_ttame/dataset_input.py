@@ -18,6 +18,7 @@ import pyarrow.parquet
 import torch
 from huggingface_hub import HfApi
 
+from .paths import check_path
 from .pictures import contents, image_column, load_files, load_from_hub
 from .saving import HUB_ERRORS
 
@@ -215,6 +216,7 @@ def open_input(
     """
     path = Path(name)
     commit, shard_rows, digest = None, None, None
+    check_path(name, "dataset", "dataset")
     if not path.exists():
         commit = _commit(name, revision)
         dataset = load_from_hub(name, split, commit or revision)

@@ -31,6 +31,13 @@ _NAME = re.compile(r"maps-(\d+)-(\d+)(-end)?\.parquet")
 _FACTS = b"ttame"  # key in a file's footer
 _LISTED = 10_000  # unreadable pictures that report.json lists
 _OWN = ("id", "predicted", "class_id", "label", "score", "map", "overlay")
+_FOLLOWS = {  # settings that nobody chooses: what they follow from
+    "files": ("dataset", "split"),
+    "rows": ("dataset", "split"),
+    "shards": ("dataset", "split", "rows_per_file"),
+    "head_fingerprint": ("dtype",),
+    "backbone_fingerprint": ("dtype",),
+}
 
 
 @dataclass
@@ -70,8 +77,10 @@ class Output:
     def lock(self, settings: dict[str, Any]) -> None:
         """See `saving.lock_settings`; every process does it, for folders that they do not share."""
         try:
-            lock_settings(self.folder, settings, main=True)
+            lock_settings(self.folder, settings, main=True, follows=_FOLLOWS)
         except OSError as error:
+            if error.errno is None:  # in words already
+                raise
             raise OSError(f"{str(self.folder)!r} cannot be written: {error.strerror}; choose another --out") from error
 
     def finished(self) -> tuple[dict[Unit, Path], dict[int, int]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from .disk import writing
 from .modeling_ttame import TTameModel
 
 ASSETS = Path(str(files("hf_ttame"))) / "assets"
@@ -77,7 +78,8 @@ def run_demo(output: Path, top_k: int, say: Callable[[str], None]) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     part = output.with_name(f".{output.stem}.part{output.suffix}")
     try:
-        contact_sheet(rows).save(part)
+        with writing(output):
+            contact_sheet(rows).save(part)
         part.replace(output)
     finally:
         part.unlink(missing_ok=True)

@@ -2,8 +2,9 @@
 
 A run has two parts. The scan classifies every image once and keeps what others need: the predicted classes, the
 explainer's small maps (trivial methods borrow them) and half-size tiles of confidently classified images, for mosaics.
-Then each method explains batch after batch; every result is a row under (table, index, method) and is written to a
-parquet part within a minute, so that a killed run continues where it was. Processes take turns with the batches.
+Then each method explains batch after batch, image after image where one takes long; every result is a row under
+(table, index, method) and is written to a parquet part within a minute, so that a killed run continues where it was.
+Processes take turns with the batches.
 """
 
 import math
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from .baselines import Cost, MapBank, Method, MethodSettings, expand_names, make_method
+from .disk import writing
 from .image_processing import preprocess
 from .masking import apply_mask, min_max, resize_maps
 from .metrics import (
@@ -41,6 +43,8 @@ from .metrics.confidence import drops, increases
 from .metrics.insertion_deletion import STARTS, empty_image
 from .metrics.localization import MOSAIC_CONFIDENCE, TILES, box_region, fit, half_size, mosaic
 from .modeling_ttame import TTameModel
+from .passes import PassBar, passes_of
+from .paths import check_path
 from .pictures import decode, image_column, open_stream, parse_where, rows
 from .records import head_fingerprint
 from .reporting import environment, write_report
@@ -49,7 +53,8 @@ from .saving import fingerprint, lock_settings
 METRICS = ("confidence", "adcc", "road", "insertion-deletion", "mosaic")
 SHEET_IMAGES = 6
 SHEET_SIDE = 56
-_FLUSH_SECONDS = 45
+_FLUSH_SECONDS = 30
+_PART_SECONDS = 15  # of images that are measured, and then kept, together
 # Which column says that a group of measures was taken.
 _MARKERS = {
     "confidence": "AD soft 100",
@@ -73,7 +78,7 @@ class Plan:
         limit: images; None: all.
         slow_limit: the first so many images for methods with many passes per map (perturbation, integrated gradients).
         curve_limit: the first so many images for ROAD, insertion and deletion.
-        mosaics: at most so many 2 x 2 mosaics, four maps each.
+        mosaics: at most so many 2 x 2 mosaics, four maps each; None: as many as images, 100 at most.
         slow_mosaics: the same for methods with many passes per map, which also are not asked for ADCC.
         mosaic_confidence: images below are not used in mosaics.
         batch_size: images per batch.
@@ -92,7 +97,7 @@ class Plan:
     limit: int | None = None
     slow_limit: int = 100
     curve_limit: int = 100
-    mosaics: int = 100
+    mosaics: int | None = None
     slow_mosaics: int = 0
     mosaic_confidence: float = MOSAIC_CONFIDENCE
     batch_size: int = 16
@@ -108,9 +113,15 @@ class Plan:
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be at least 1, got {self.limit}")
         for name in ("slow_limit", "curve_limit", "mosaics", "slow_mosaics"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         parse_where(self.where)
+        check_path(self.dataset, "dataset", "dataset")
+
+    @property
+    def most_mosaics(self) -> int:
+        """`mosaics`, or what stands in for None."""
+        return min(100, self.limit or 100) if self.mosaics is None else self.mosaics
 
     def fixed(self) -> dict[str, Any]:
         """What must not change between the parts of one resumed run; methods, metrics and limits may grow."""
@@ -243,7 +254,8 @@ def scan(model: TTameModel, images: Images, plan: Plan, bar: Any = None) -> Scan
     """Classify and explain every image once; the same result on every process."""
     size = (model.config.image_size[0], model.config.image_size[1])
     found = Accumulator()
-    room = 8 * max(plan.mosaics, plan.slow_mosaics)  # twice what the mosaics need, for four different classes each
+    # Twice what the mosaics need, for four different classes each.
+    room = 8 * max(plan.most_mosaics, plan.slow_mosaics)
     tiles = 0
     for batch in images.batches(plan.limit):
         output = model(batch.pixel_values)
@@ -296,6 +308,12 @@ class Store:
         self._unwritten: dict[Key, dict[str, Any]] = {}
         self._written_at = time.monotonic()
 
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.flush()  # what is measured is kept, whatever ends the block
+
     def done(self, key: Key, group: str) -> bool:
         return self.earlier.get(key, {}).get(_MARKERS[group]) is not None
 
@@ -334,8 +352,12 @@ def write_rows(path: Path, rows_: dict[Key, dict[str, Any]]) -> None:
     table = {"table": [k[0] for k in keys], "index": [k[1] for k in keys], "method": [k[2] for k in keys]}
     table |= {name: [rows_[key].get(name) for key in keys] for name in names}
     part = path.with_name(f".{path.name}.part")
-    pyarrow.parquet.write_table(pyarrow.table(table), part)
-    os.replace(part, path)
+    try:
+        with writing(path):
+            pyarrow.parquet.write_table(pyarrow.table(table), part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def read_rows(path: Path) -> dict[Key, dict[str, Any]]:
@@ -479,8 +501,11 @@ def compare(
     lock_settings(output, record, main)
 
     images = Images(plan, model, rank, world)
-    with tqdm(desc="scan", unit="image", disable=not (main and progress)) as bar:
-        scanned = scan(model, images, plan, bar)
+    hidden = not (main and progress)
+    began = time.monotonic()
+    with tqdm(desc="scan", total=plan.limit, unit="image", disable=hidden) as scan_bar:
+        scanned = scan(model, images, plan, scan_bar)
+    pace = world * (time.monotonic() - began) / len(scanned.indices)
     bank = scanned.bank()
     methods = [make_method(name, model, plan.settings, bank) for name in names]
     store = Store(output, rank)
@@ -503,16 +528,18 @@ def compare(
             groups = [group for group in groups if not store.done(("image", index, method.name), group)]
             if groups:
                 todo[index, method.name] = groups
-    groups_of_four = scanned.mosaics(max(plan.mosaics, plan.slow_mosaics), plan.seed)
+    groups_of_four = scanned.mosaics(max(plan.most_mosaics, plan.slow_mosaics), plan.seed)
     mosaic_jobs = [
         (number, method)
         for method in methods
-        for number in range(min(len(groups_of_four), plan.slow_mosaics if is_slow(method) else plan.mosaics))
+        for number in range(min(len(groups_of_four), plan.slow_mosaics if is_slow(method) else plan.most_mosaics))
         if "mosaic" in plan.metrics and not store.done(("mosaic", number, method.name), "mosaic")
     ]
 
-    total = -(-(len(todo) + len(mosaic_jobs)) // world)
-    with tqdm(total=total, unit="map", smoothing=0.05, disable=not (main and progress)) as bar:
+    by_name = {method.name: method for method in methods}
+    total = sum(passes_of(by_name[name], groups) for (_, name), groups in todo.items())
+    total += sum(TILES * method.passes for _, method in mosaic_jobs)
+    with store, PassBar(model.backbone, -(-total // world), pace, hidden) as bar:
         for slow in (False, True):  # what is quick stands in the table first
             chosen = [method for method in methods if is_slow(method) == slow]
             wanted = {index for index, name in todo if name in {method.name for method in chosen}}
@@ -523,10 +550,9 @@ def compare(
                         _measure_into(store, model, method, batch, targets, todo, plan, sheet, warm, bar)
             for place, (number, method) in enumerate(mosaic_jobs):
                 if is_slow(method) == slow and place % world == rank:
-                    values = measure_mosaic(model, method, number, groups_of_four[number], scanned)
+                    with bar.step(f"{method.name}, mosaics", TILES * method.passes):
+                        values = measure_mosaic(model, method, number, groups_of_four[number], scanned)
                     store.add([("mosaic", number, method.name)], values)
-                    bar.update()
-        store.flush()
 
     everything = store.finish(main)
     if accelerator:
@@ -577,14 +603,22 @@ def _measure_into(
     plan: Plan,
     sheet: dict[int, int],
     warm: set[str],
-    bar: Any,
+    bar: PassBar,
 ) -> None:
-    """Measure one method on the images of a batch that still need it; images that need the same measures together."""
+    """Measure one method on the images of a batch that still need it; images that need the same measures together, as
+    many as take a few seconds."""
     by_groups: dict[tuple[str, ...], list[int]] = {}
     for row, index in enumerate(batch.indices.tolist()):
         if (index, method.name) in todo:
             by_groups.setdefault(tuple(todo[index, method.name]), []).append(row)
-    for groups, found_rows in by_groups.items():
+    left = list(by_groups.items())
+    while left:
+        groups, wanted = left.pop()
+        passes = passes_of(method, groups)
+        room = bar.images_in(_PART_SECONDS, passes)
+        found_rows = wanted[:room]
+        if wanted[room:]:
+            left.append((groups, wanted[room:]))
         part = Batch(
             batch.indices[found_rows],
             _fast(batch.pixel_values[found_rows]),
@@ -592,10 +626,11 @@ def _measure_into(
             [batch.sizes[row] for row in found_rows],
         )
         ids = torch.tensor([targets[index] for index in part.indices.tolist()], device=model.device)
-        if method.name not in warm and not is_slow(method):
-            method.at(part.indices)(part.pixel_values, ids)  # the first call allocates; it is not timed
-        warm.add(method.name)
-        values = measure_batch(model, method, part, ids, groups, plan)
+        with bar.step(method.name, passes * len(ids)):
+            if method.name not in warm and not is_slow(method):
+                method.at(part.indices)(part.pixel_values, ids)  # the first call allocates; it is not timed
+            warm.add(method.name)
+            values = measure_batch(model, method, part, ids, groups, plan)
         maps = values.pop("_sheet", None)
         keys: list[Key] = [("image", index, method.name) for index in part.indices.tolist()]
         store.add(keys, values)
@@ -603,7 +638,6 @@ def _measure_into(
             for row, index in enumerate(part.indices.tolist()):
                 if index in sheet:
                     store.add([("image", index, method.name)], {"sheet map": maps[row : row + 1]})
-        bar.update(len(part.indices))
 
 
 def sheet_images(scanned: Scan, plan: Plan) -> dict[int, int]:

@@ -25,6 +25,7 @@ from .dataset_loader import Prepare, make_loader
 from .dataset_output import Output
 from .image_processing import ImageInput
 from .modeling_ttame import TTameModel
+from .paths import check_path
 from .saving import fingerprint, is_local_path
 
 
@@ -64,6 +65,7 @@ class MapPlan:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.workers is not None and self.workers < 0:
             raise ValueError(f"workers must not be negative, got {self.workers}")
+        check_path(self.dataset, "dataset", "dataset")
 
 
 # ---- one batch ------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from .disk import writing
 from .visualization import overlay
 
 
@@ -37,10 +38,11 @@ class Explanation:
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(f".{target.stem}.part{target.suffix}")
         try:
-            if target.suffix == ".npy":
-                np.save(part, self.map)
-            else:
-                self.overlay().save(part)
+            with writing(target):
+                if target.suffix == ".npy":
+                    np.save(part, self.map)
+                else:
+                    self.overlay().save(part)
             os.replace(part, target)
         finally:
             part.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from .answers import probabilities
+from .disk import writing
 from .head import fold
 from .image_processing import ImageInput, Picture, load_image, load_picture, preprocess
 from .masking import min_max
@@ -164,7 +165,7 @@ def export_onnx(
             stacklevel=2,
         )
     inputs = [graph.example(values) for values in groups(preprocess(model.image_processor, pictures), batch)]
-    with _folder_beside(target) as folder:
+    with writing(target), _folder_beside(target) as folder:
         part = Path(folder, "part.onnx")
         _write(graph, part, batch, facts)
         found = compare(model, part, inputs, tolerance)

@@ -25,6 +25,7 @@ from .answers import answered, class_logits, probabilities
 from .backbones import Backbone, check_finite, input_channels, labels_of, load_backbone, outputs_of, wrap_backbone
 from .cards import is_ours, write_card
 from .configuration_ttame import TTameConfig
+from .disk import writing
 from .explanation import Explanation
 from .features import FeatureLayer, check_names, classify, extract, probe_layers
 from .head import TTameHead, start_as_classifier, unsaturate
@@ -42,6 +43,7 @@ from .image_processing import (
 )
 from .layer_choice import choose_layers, find_pooled_classifier
 from .masking import min_max
+from .paths import check_path
 from .records import Records, head_fingerprint
 from .saving import (
     add_remote_code,
@@ -507,7 +509,7 @@ class TTameModel(PreTrainedModel):
             )
         target.parent.mkdir(parents=True, exist_ok=True)
         before = (self.config.backbone_included, self.config.head_fingerprint)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as part:
+        with writing(target), tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as part:
             try:
                 self.config.backbone_included = include
                 if head_dtype is not None:
@@ -590,6 +592,7 @@ class TTameModel(PreTrainedModel):
             key: kwargs[key] for key in ("token", "cache_dir", "local_files_only") if key in kwargs
         }
         where: dict[str, Any] = {**hub_kwargs, "revision": kwargs.get("revision")}
+        check_path(source, "explainer", **hub_kwargs)
         cached = None if os.path.isdir(source) else (source, kwargs.get("revision"), kwargs.get("cache_dir"))
         loading_info = kwargs.get("output_loading_info", False)
         attention = {key: kwargs.pop(key) for key in ("attn_implementation",) if key in kwargs}

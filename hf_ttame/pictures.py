@@ -10,6 +10,7 @@ import datasets
 from PIL import Image, UnidentifiedImageError
 
 from .image_processing import DECODER_ERRORS, check_picture, load_image
+from .paths import check_path, nearest_path
 
 _SPLITS = {"train", "training", "validation", "valid", "val", "test"}
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -35,6 +36,7 @@ def open_stream(
         ValueError: the folder holds no pictures, or there is no such dataset or split.
     """
     path = Path(name)
+    check_path(name, "dataset", "dataset")
     if not path.exists():
         dataset = load_from_hub(name, split, revision, streaming)
         return dataset if streaming else _in_shards(dataset)
@@ -53,7 +55,10 @@ def load_from_hub(name: str, split: str, revision: str | None = None, streaming:
     try:
         return datasets.load_dataset(name, split=split, revision=revision, streaming=streaming)
     except (FileNotFoundError, ValueError, ConnectionError) as error:
-        raise ValueError(f"{name!r} is neither a folder nor a dataset on the Hub: {error}") from error
+        near = nearest_path(name)
+        raise ValueError(
+            f"{name!r} is neither a folder{f' (nearest: {near!r})' if near else ''} nor a dataset on the Hub: {error}"
+        ) from error
 
 
 def contents(path: Path, split: str) -> datasets.Dataset | list[Path]:

@@ -14,10 +14,12 @@ import torch
 from PIL import Image
 
 from .baselines import Method
+from .disk import writing
 from .metrics import area_under
 from .metrics.bootstrap import Interval, mean_intervals
 from .metrics.insertion_deletion import STARTS
 from .metrics.road import FRACTIONS
+from .saving import write_whole
 from .visualization import contact_sheet, overlay
 
 Rows = dict[tuple[str, int, str], dict[str, Any]]
@@ -264,7 +266,11 @@ def to_markdown(report: dict[str, Any]) -> str:
             f"{entry.get('backward_passes', '')} | {entry.get('ms_per_map', '')} |"
         )
     where = report["environment"]
-    lines += ["", f"Passes counted by hooks; time on {where['device']}, batches of {where['batch_size']}.", ""]
+    lines += [
+        "",
+        f"Passes counted by hooks; time on {where['device']}, up to {where['batch_size']} images at once.",
+        "",
+    ]
     if report["differences"]:
         lines += [
             "## T-TAME against each method",
@@ -319,7 +325,8 @@ def _save(figure: Any, path: Path) -> None:
 
     part = path.with_name(f".{path.stem}.part{path.suffix}")
     try:
-        figure.savefig(part, dpi=130, bbox_inches="tight")
+        with writing(path):
+            figure.savefig(part, dpi=130, bbox_inches="tight")
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -421,7 +428,8 @@ def draw_sheet(output: Path, rows: Rows, methods: Sequence[str], pictures: dict[
     path = output / "contact_sheet.jpg"
     part = path.with_name(".contact_sheet.part.jpg")
     try:
-        contact_sheet(sheet, height=150).save(part, quality=88)
+        with writing(path):
+            contact_sheet(sheet, height=150).save(part, quality=88)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -486,7 +494,5 @@ def write_report(
         ("report.json", json.dumps(report, indent=2) + "\n"),
         ("report.md", to_markdown(report)),
     ):
-        part = output / f".{file}.part"
-        part.write_text(text)
-        os.replace(part, output / file)
+        write_whole(output / file, text)
     return report

@@ -438,13 +438,13 @@ def run_checks(
     """
     from dataclasses import replace
 
-    plan = replace(plan, limit=images, mosaics=max(plan.mosaics, images // TILES))
+    plan = replace(plan, limit=images, mosaics=max(plan.most_mosaics, images // TILES))
     source = Images(plan, model)
     scanned = scan(model.eval(), source, plan)
     batches = list(source.batches(images))
     x = torch.cat([batch.pixel_values for batch in batches])
     targets = scanned.targets.to(x.device)
-    groups = scanned.mosaics(plan.mosaics, plan.seed)
+    groups = scanned.mosaics(plan.most_mosaics, plan.seed)
     checks: list[tuple[str, Callable[[], Check]]] = [
         ("a: random layers, same head", lambda: cascading_randomisation(model, x, targets, plan.seed)),
         (

@@ -7,7 +7,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +16,8 @@ import huggingface_hub
 import torch
 from huggingface_hub.utils import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from torch import nn
+
+from .disk import writing
 
 # The one module that a repository holds: it names the installed package, so nobody's copy of the code can go stale.
 REMOTE_MODULE = "hf_ttame_remote.py"
@@ -261,14 +263,23 @@ def write_whole(path: Path, text: str) -> None:
     """Write a file that has its name only when it is complete, also where several processes write it at once."""
     part = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.part")
     try:
-        part.write_text(text, encoding="utf-8")
+        with writing(path):
+            part.write_text(text, encoding="utf-8")
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
 
-def lock_settings(folder: Path, record: dict[str, Any], main: bool) -> None:
+def lock_settings(
+    folder: Path, record: dict[str, Any], main: bool, follows: Mapping[str, tuple[str, ...]] | None = None
+) -> None:
     """Write settings.json, or check that an earlier run in the folder was made with the same ones.
+
+    Args:
+        folder: of the run.
+        record: the settings.
+        main: whether this process writes them.
+        follows: settings that change with others, which nobody chose: where one of those differs, it alone is named.
 
     Raises:
         ValueError: it was not; the message names the differences.
@@ -276,7 +287,8 @@ def lock_settings(folder: Path, record: dict[str, Any], main: bool) -> None:
     file = folder / "settings.json"
     if file.exists():
         earlier, new = json.loads(file.read_text()), json.loads(json.dumps(record))
-        changed = [key for key in {*earlier, *new} if earlier.get(key) != new.get(key)]
+        differ = {key for key in {*earlier, *new} if earlier.get(key) != new.get(key)}
+        changed = [key for key in differ if not differ & {*(follows or {}).get(key, ())}]
         if changed:
             raise ValueError(
                 f"{folder} holds results of another run; different: "

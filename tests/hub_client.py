@@ -151,7 +151,7 @@ def load() -> dict[str, Any]:
     """Every way to load; the printed code of cards; errors a user meets."""
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, pipeline
 
-    import hf_ttame  # noqa: F401
+    from hf_ttame import TTameModel
 
     found: dict[str, Any] = {}
     for name in ("vit", "timm"):
@@ -173,6 +173,11 @@ def load() -> dict[str, Any]:
     cache = WORK / "own-cache"
     found["cache_dir"] = outcome(lambda: AutoModel.from_pretrained("org/ttame-timm", cache_dir=cache))
     found["in cache_dir"] = sorted(p.name for p in cache.glob("models--*"))
+    (WORK / "beside" / "org" / "ttame-cit").mkdir(parents=True)  # a folder that resembles a Hub id
+    os.chdir(WORK / "beside")
+    own = {"cache_dir": WORK / "another-cache"}
+    found["beside a folder"] = outcome(lambda: TTameModel.from_pretrained("org/ttame-vit", **own))
+    found["beside, nowhere"] = outcome(lambda: TTameModel.from_pretrained("org/ttame-cat", **own))
 
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 90, 3), dtype=np.uint8))
     os.chdir(WORK)

@@ -422,6 +422,13 @@ def test_what_is_no_path_stays(text):
     assert without_secrets(text) == text
 
 
+def test_the_versions_of_the_training_are_words(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "x")
+    machine = {"device": "cpu", "cores": 2, "versions": {"torch": "2.9.1", "timm": "1.0.20"}}
+    put(tmp_path / "x", "training.json", {"seconds": 600, "machine": machine})
+    assert "10 minutes (machine: device cpu, cores 2, torch 2.9.1, timm 1.0.20)" in render_card(tmp_path / "x")
+
+
 def test_no_control_or_direction_characters_in_code(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "x")
     config = json.loads((tmp_path / "x/config.json").read_text())

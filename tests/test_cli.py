@@ -113,12 +113,25 @@ def test_explain_tells_files_from_folders(
 
 
 @pytest.mark.parametrize(
-    ("model", "message"), [("no-such-model", "neither a folder nor a Hub id"), ("nobody/nothing", "nobody/nothing")]
+    ("model", "message"),
+    [
+        ("no-such-model", "neither a folder nor a Hub id"),
+        ("explaner", "; nearest: 'explainer'"),
+        ("./explaner", "the explainer './explaner' does not exist; nearest: 'explainer'"),
+        ("nobody/nothing", "nobody/nothing"),
+    ],
 )
 def test_a_model_that_is_not_there(
-    ttame: Command, model: str, message: str, photo: Callable[..., Image.Image], tmp_path: Path
+    ttame: Command,
+    model: str,
+    message: str,
+    photo: Callable[..., Image.Image],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     photo().save(tmp_path / "a.png")
+    (tmp_path / "explainer").mkdir()
+    monkeypatch.chdir(tmp_path)
     done = ttame("explain", tmp_path / "a.png", "--model", model)
     assert done.returncode == 1
     assert message in done.stderr
@@ -140,6 +153,53 @@ def test_layers_of_an_architecture_without_weights(ttame: Command) -> None:
     refused = ttame("layers", "test_resnet")
     assert refused.returncode == 1
     assert "pretrained=False" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "file"),
+    [
+        (("explain", "pictures/0.png", "--raw", "--class", 1), "0_1.png"),
+        (("evaluate", "--dataset", "pictures", "--metrics", "confidence"), "out/part-0000-"),
+        (("explain-dataset", "pictures", "--workers", 0), "a file of maps"),
+    ],
+)
+def test_a_full_disk_is_one_line_with_the_file(
+    ttame: Command,
+    explainer: Path,
+    command: tuple[object, ...],
+    file: str,
+    photo: Callable[..., Image.Image],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    resource = pytest.importorskip("resource")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    for number in range(3):
+        photo(seed=number).save(tmp_path / "pictures" / f"{number}.png")
+    name, *rest = command
+    where = [explainer, "--output"] if name == "evaluate" else ["--model", explainer, "--out"]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, limits[1]))  # what a full disk does
+    try:
+        done = ttame(name, *rest, *where, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert done.returncode == 1, done.stdout
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("ttame: ")
+    assert file in line
+    assert "cannot be written" in line
+    assert "make room" in line
+    assert "Traceback" not in done.stderr
+    assert not [path for path in (tmp_path / "out").rglob("*") if ".part" in path.name]
+
+
+def test_an_error_of_the_training_is_one_line(tmp_path: Path) -> None:
+    done = process(TTAME, "train", "--backbone", "./nothing", "--dataset", "x", "--output", tmp_path / "run")
+    assert done.returncode == 1
+    assert done.stderr.startswith("training: the backbone './nothing' does not exist")
+    assert len(done.stderr.splitlines()) == 1, done.stderr
 
 
 def test_train_reaches_the_training_script() -> None:

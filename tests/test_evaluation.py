@@ -20,6 +20,7 @@ from hf_ttame import evaluation as module
 from hf_ttame.baselines import MethodSettings
 from hf_ttame.evaluation import Images, Plan, Scan, Store, compare, read_rows, write_rows
 from hf_ttame.metrics import mean_interval
+from hf_ttame.passes import PassBar
 from hf_ttame.pictures import parse_where
 from hf_ttame.reporting import FAITHFULNESS, Measure, columns_of, markdown_table, summarise, verdict
 
@@ -161,6 +162,56 @@ def test_a_killed_run_continues_and_measures_nothing_twice(
     compare(model, plan(pictures, methods=("layercam",), metrics=("confidence",), limit=7), output, progress=False)
     assert {name for name, _ in measured[count:]} == {"ttame", "layercam"}
     assert [indices for name, indices in measured[count:] if name == "ttame"] == [(6,)]
+
+
+def test_every_map_is_foretold_shown_and_kept(
+    pictures: Path,
+    model: TTameModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    bars: list[PassBar] = []
+    foretold: list[int] = []
+
+    class Kept(PassBar):
+        def __init__(self, backbone: nn.Module, total: int, *rest) -> None:
+            super().__init__(backbone, total, *rest)
+            bars.append(self)
+            foretold.append(total)
+
+    parts: list[int] = []
+    real = module.measure_batch
+
+    def until_the_kill(model, method, batch, *rest):
+        if len(parts) == 3:
+            raise KeyboardInterrupt
+        parts.append(len(batch.indices))
+        return real(model, method, batch, *rest)
+
+    monkeypatch.setattr(module, "PassBar", Kept)
+    monkeypatch.setattr(module, "write_report", lambda *_: {"methods": {}})  # drawn by other tests
+    monkeypatch.setattr(module, "_PART_SECONDS", 0)  # every image takes long
+    monkeypatch.setattr(module, "measure_batch", until_the_kill)
+    methods = ("gradcam", "scorecam", "ablationcam", "occlusion", "integrated-gradients", "rise")
+    wanted = plan(pictures, methods=methods, limit=4, slow_limit=1, mosaics=None)
+    with pytest.raises(KeyboardInterrupt):
+        compare(model, wanted, tmp_path)
+    assert parts == [1, 1, 1]
+    assert len(Store(tmp_path).earlier) == 3, "kept, though no half minute has passed"
+    monkeypatch.setattr(module, "measure_batch", real)
+    compare(model, wanted, tmp_path)
+    shown = capsys.readouterr().err
+    assert "scan: 100%" in shown
+    assert "pass/s" in shown
+    assert bars[1].count == bars[1].bar.n == bars[1].bar.total
+    assert foretold[1] == pytest.approx(bars[1].count, rel=0.2)
+    assert foretold[1] < foretold[0]
+
+
+def test_mosaics_follow_the_limit(pictures: Path) -> None:
+    for limit, mosaics, most in ((4, None, 4), (500, None, 100), (None, None, 100), (4, 50, 50), (4, 0, 0)):
+        assert plan(pictures, limit=limit, mosaics=mosaics).most_mosaics == most
 
 
 def test_results_of_another_run_are_not_mixed(

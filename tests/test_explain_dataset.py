@@ -240,6 +240,9 @@ def test_folders_of_pictures_saved_datasets_and_tar_files(model: TTameModel, par
     unnamed = MapPlan(str(folder), id_column="", **SMALL)
     explain_dataset(model, unnamed, tmp_path / "unnamed", progress=False)
     assert "file_name" not in rows(tmp_path / "unnamed")[0]
+    fewer = MapPlan(str(folder), **{**SMALL, "rows_per_file": 3})  # of pictures this changes the shards too
+    with pytest.raises(ValueError, match=r"different: rows_per_file \(2 there, 3 here\); choose"):
+        explain_dataset(model, fewer, tmp_path / "a", progress=False)
 
     saved = datasets.Dataset.from_parquet(str(parquet / "train-1.parquet"), cache_dir=str(tmp_path / "cache"))
     saved.save_to_disk(str(tmp_path / "saved"))
@@ -422,7 +425,7 @@ def test_bad_input_is_said_in_words(model: TTameModel, parquet: Path, tmp_path: 
     run(ValueError, "none of the 60 pictures could be read.*is 'key' the column", image_column="key")
     run(ValueError, "class 'church bell' is neither a label nor an id", class_ids=("church bell",))
     run(ValueError, r"top_k must lie in 1..7, got 8", top_k=8)
-    run(ValueError, "neither a folder nor a dataset on the Hub", dataset=tmp_path / "missing")
+    run(ValueError, "the dataset '.*/missing' does not exist", dataset=tmp_path / "missing")
     (tmp_path / "empty").mkdir()
     run(ValueError, "holds neither", dataset=tmp_path / "empty")
     pyarrow.parquet.write_table(pyarrow.table({"image": pyarrow.array([], "binary")}), tmp_path / "none.parquet")

@@ -385,6 +385,24 @@ def test_the_example_decodes_no_dangerous_picture(monkeypatch: pytest.MonkeyPatc
     assert serve_onnx.open_picture(PHOTOGRAPHS[0]).mode == "RGB"
 
 
+def test_the_example_says_where_a_graph_gives_fewer_maps(
+    lite_onnx: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [sys.executable, str(SERVE), str(lite_onnx), str(PHOTOGRAPHS[0]), "--top-k", "7", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 5
+    said = "of --top-k 7 this graph gives the first 5; for more export it with --classes top7, given or all"
+    assert done.stderr == f"serve_onnx: {said}\n"
+    monkeypatch.syspath_prepend(SERVE.parent)
+    explainer = importlib.import_module("serve_onnx").Explainer(lite_onnx)
+    assert explainer.fewer(5) is None
+    for classes, given in (("predicted", 1), ("given", 1000), ("all", 1000)):
+        explainer.facts["classes"] = classes
+        assert explainer.fewer(given) is None
+        assert f"gives the first {given}" in explainer.fewer(given + 1)
+
+
 def test_the_command(ttame: Callable[..., Any], cnn: TTameModel, tmp_path: Path) -> None:
     cnn.save_pretrained(tmp_path / "cnn")
     (tmp_path / "broken.jpg").write_bytes(b"no picture")

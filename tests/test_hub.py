@@ -26,7 +26,10 @@ from typer.testing import CliRunner
 from hf_ttame import TTameModel
 from hf_ttame.cards import render_card, write_card
 from hf_ttame.cli import app
+from hf_ttame.evaluation import Plan
 from hf_ttame.hub import check_contents, detect_kind, files_to_push, push_folder
+from hf_ttame.paths import check_path
+from hf_ttame.pictures import open_stream
 from hf_ttame.records import fingerprint_of_folder
 from hf_ttame.saving import is_local_path, patiently, without_paths
 
@@ -235,6 +238,43 @@ def test_local_paths(path):
 @pytest.mark.parametrize("text", ["timm/resnet50", "https://x.y/z", "a/b", "", "/", None, 3])
 def test_no_local_paths(text):
     assert not is_local_path(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("./my-modle", "my-model"),
+        ("runs/x/besst", "runs/x/best"),
+        ("runs/y/best", None),
+        ("my-modle/best", None),
+        ("runs/xx", "runs/x"),
+        ("my-model/../runs/xx/", "my-model/../runs/x"),
+        ("~/my-modle", None),
+        ("nobody/here/at-all", None),
+        (f"{HOME}/x", None),
+    ],
+)
+def test_a_folder_that_is_not_there_is_refused_at_once(name, near, tmp_path, monkeypatch):
+    (tmp_path / "runs" / "x" / "best").mkdir(parents=True)
+    (tmp_path / "my-model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "runs"))
+    for what, load in (
+        ("explainer", TTameModel.from_pretrained),
+        ("backbone", TTameModel.from_backbone),
+        ("dataset", open_stream),
+        ("dataset", Plan),
+    ):
+        end = f"nearest: '{near}'$" if near else ""
+        with pytest.raises(ValueError, match=f"^the {what} {re.escape(repr(name))} does not exist; {end}"):
+            load(name)
+
+
+def test_what_may_be_on_the_hub_is_asked_for_there(tmp_path, monkeypatch):
+    (tmp_path / "org").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name in ("org/my-model", "nobody/nothing", "beans", "hf://datasets/a/b"):
+        check_path(name, "dataset", "dataset")
 
 
 def test_timm_backbones_have_a_preprocessor_config(timm_cnn, photo, tmp_path):
@@ -734,9 +774,10 @@ def test_maps_are_equal_to_the_bit_in_a_fresh_process(loaded):
 
 
 def test_ways_to_load(loaded):
-    for way in ("offline", "offline mode", "branch", "commit", "cache_dir"):
+    for way in ("offline", "offline mode", "branch", "commit", "cache_dir", "beside a folder"):
         assert loaded[way] == "ok", way
     assert loaded["offline mode, never seen"].startswith("OSError: We couldn't connect to")
+    assert loaded["beside, nowhere"].endswith("'org/ttame-cat' does not exist; nearest: 'org/ttame-cit'")
     assert loaded["bfloat16"] == "torch.bfloat16"
     assert loaded["in cache_dir"] == ["models--org--ttame-timm", "models--timm--tiny-resnet"]
 

@@ -259,6 +259,9 @@ def test_checkpoints_are_complete_or_none(tmp_path: Path) -> None:
         ({"holdout": 1.0}, r"\[0, 1\)"),
         ({"max_unreadable": 1.5}, "max_unreadable"),
         ({"holdout": 0.1, "validation": "x"}, "not both"),
+        ({"dataset": "./no/such"}, "the dataset './no/such' does not exist"),
+        ({"backbone": "./no/such"}, "the backbone './no/such' does not exist"),
+        ({"validation": "./no/such"}, "the dataset './no/such' does not exist"),
     ],
 )
 def test_bad_arguments_are_refused_at_once(changed: dict[str, object], message: str) -> None:

@@ -203,7 +203,10 @@ def test_a_run_lowers_the_loss_and_tells_how_it_went(server: Any, backbone: str,
     report = json.loads((output / "report.json").read_text())
     assert report["steps"] == 40
     assert report["pictures"] == 320
-    assert report["coverage"]["explained"] == int((model.head.class_counts > 0).sum())
+    explained = int((model.head.class_counts > 0).sum())
+    assert report["coverage"]["explained"] == explained
+    others = f"; the rows of the other {5 - explained} are untrained" if explained < 5 else ""
+    assert f"explained {explained} of 5 classes{others}\n" in text
     assert [found["step"] for found in report["validations"]] == [20, 40]
     assert report["best"]["score"] == min(found["score"] for found in report["validations"])
     low, high = report["last_95"]["AD soft 50"]
@@ -284,8 +287,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(server: Any, backbone: str, parq
     run.wait(-signal.SIGKILL)
     (before,) = (tmp_path / "full").glob("checkpoint-00000005")
     text = Run(server, [*full, "--resume"], largest_file=6000).wait(1)
-    assert "warning: no checkpoint at step 10" in text
-    assert "could not be saved" in text
+    assert f"warning: no checkpoint at step 10: '{full[5]}/checkpoint-00000010' cannot be written: " in text
+    assert f"the explainer could not be saved: '{full[5]}/curves.png' cannot be written: " in text
+    assert "; make room; run again with --resume" in text
     assert sorted((tmp_path / "full").glob("checkpoint-*")) == [before]
     assert not (tmp_path / "full" / "explainer").exists()
     assert not list((tmp_path / "full").glob(".*")), "nothing half-written stays"

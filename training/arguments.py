@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hf_ttame.paths import check_path
+
 from .checkpoints import checkpoints
 
 
@@ -119,6 +121,10 @@ def check(arguments: Arguments) -> None:
         raise ValueError(f"--max_unreadable must lie in [0, 1], got {arguments.max_unreadable}")
     if arguments.validation and arguments.holdout:
         raise ValueError("give --validation (other pictures) or --holdout (a share of these), not both")
+    if arguments.pretrained:
+        check_path(arguments.backbone, "backbone")
+    for name in (arguments.dataset, *([arguments.validation] if arguments.validation else [])):
+        check_path(name, "dataset", "dataset")
     output = Path(arguments.output)
     if output.is_file():
         raise ValueError(f"--output {arguments.output!r} is a file; give a folder")

@@ -15,6 +15,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from hf_ttame.disk import full_disk
+
 # Whatever is not named here changes the result, or the order of the pictures.
 FREE = {
     "output", "resume", "save_every", "keep", "log_every", "report_to", "validate_every", "max_unreadable",
@@ -72,7 +74,7 @@ def save_checkpoint(
         own = {"stream": stream, "buffers": [dict(module.named_buffers()) for module in modules]}
         torch.save(own, part / f"process_{accelerator.process_index}.pt")
     except Exception as error:  # torch, safetensors and the system each raise their own for a full disk
-        problem = f"{type(error).__name__}: {error}".splitlines()[0]
+        problem = full_disk(error, final) or f"{type(error).__name__}: {error}".splitlines()[0]
     problem = first_problem(accelerator, problem)
     if accelerator.is_main_process and problem is None:
         try:
@@ -88,7 +90,7 @@ def save_checkpoint(
                 if not (old / "progress.json").exists():
                     shutil.rmtree(old)
         except OSError as error:
-            problem = str(error)
+            problem = full_disk(error, final) or str(error)
     if accelerator.is_main_process:
         shutil.rmtree(part, ignore_errors=True)
     return first_problem(accelerator, problem)

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 from safetensors import SafetensorError
 
 from hf_ttame.cards import is_ours, write_card
+from hf_ttame.disk import full_disk, writing
 from hf_ttame.records import TRAINING, fingerprint_of_folder
 from hf_ttame.visualization import plot_curves
 
@@ -26,10 +27,11 @@ def write(path: Path, content: str | Image.Image) -> None:
     """A file that has its name only when it is complete."""
     part = path.with_name(f".{path.stem}.part{path.suffix}")
     try:
-        if isinstance(content, str):
-            part.write_text(content)
-        else:
-            content.save(part)
+        with writing(path):
+            if isinstance(content, str):
+                part.write_text(content)
+            else:
+                content.save(part)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -48,7 +50,7 @@ def attempt(what: str, action: Callable[[], Any]) -> bool:
     try:
         action()
     except (OSError, ValueError, SafetensorError) as error:
-        print(f"warning: {what} could not be written: {error}", file=sys.stderr)
+        print(f"warning: {what} could not be written: {full_disk(error) or error}", file=sys.stderr)
         return False
     return True
 

@@ -42,6 +42,7 @@ from transformers import HfArgumentParser
 
 from hf_ttame import TTameModel
 from hf_ttame.answers import choose_targets
+from hf_ttame.disk import full_disk
 from hf_ttame.image_processing import Normalisation
 from hf_ttame.losses import LossTerms, LossWeights, ttame_loss
 from hf_ttame.masking import apply_mask, resize_maps
@@ -549,12 +550,17 @@ def main(argv: list[str] | None = None) -> int:
                 write_record(output / "best", record)
             write_record(output / "explainer", record)
             found = report["coverage"]
-            print(f"explained {found['explained']} of {found['classes']} classes; the other rows are untrained")
+            untrained = found["classes"] - found["explained"]
+            print(
+                f"explained {found['explained']} of {found['classes']} classes"
+                + (f"; the rows of the other {untrained} are untrained" if untrained else "")
+            )
             if unreadable:
                 print(f"{len(unreadable)} unreadable pictures were passed over; report.json lists them")
             print(f"saved the explainer in {output / 'explainer'}; see {output / 'curves.png'}")
         except (OSError, SafetensorError) as error:
-            problem = f"the explainer could not be saved ({error}); make room and run again with --resume"
+            reason = full_disk(error, output / "explainer") or error
+            problem = f"the explainer could not be saved: {reason}; run again with --resume"
     problem = first_problem(accelerator, problem)
     accelerator.end_training()
     if problem:
@@ -568,4 +574,4 @@ if __name__ == "__main__":
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("TTAME_DEBUG"):
             raise
-        sys.exit(f"training: {error}")
+        sys.exit(f"training: {full_disk(error) or error}")

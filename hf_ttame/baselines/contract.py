@@ -20,6 +20,7 @@ class Method:
     about: its settings, one line for the report.
     bind: for the trivial maps that are drawn from other images: given the positions of the batch's images in the
         dataset, (B,), the `explain` for just this batch.
+    passes: about how many forward passes a map costs, to foretell how long it takes.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Method:
     layer: str | None = None
     about: str = ""
     bind: Callable[[torch.Tensor], Explain] | None = None
+    passes: int = 1
 
     def at(self, indices: torch.Tensor) -> Explain:
         """`explain` for the images at these positions of the dataset."""

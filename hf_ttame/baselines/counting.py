@@ -7,6 +7,11 @@ import torch
 from torch import nn
 
 
+def images_of(output: Any) -> torch.Tensor:
+    """The logits (B, K) in what a backbone returns: one row per image."""
+    return output if isinstance(output, torch.Tensor) else output.logits
+
+
 class Cost:
     """Counts the images that go through a backbone, forward and backward, and the time, while the block runs.
 
@@ -28,7 +33,7 @@ class Cost:
         self._began = 0.0
 
     def _count(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        logits = output if isinstance(output, torch.Tensor) else output.logits
+        logits = images_of(output)
         self.forward += logits.shape[0]
         if logits.requires_grad:
             logits.register_hook(self._count_gradient)

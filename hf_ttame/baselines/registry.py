@@ -123,7 +123,8 @@ def make_method(
         return Method(name, kind, own, about=", ".join(layer.name for layer in model.layers))
     if base in cams.NAMES:
         layer = cam_layer(model, wanted_layer or None)
-        return Method(name, kind, cams.cam(base, model, layer, settings.batch_size), layer.name)
+        passes = 1 + layer.channels if base in ("scorecam", "ablationcam") else 1
+        return Method(name, kind, cams.cam(base, model, layer, settings.batch_size), layer.name, passes=passes)
     if base == "rollout":
         return Method(name, kind, attention.rollout(model))
     if base == "gradient-attention":
@@ -131,12 +132,13 @@ def make_method(
     if base == "integrated-gradients":
         steps = settings.integration_steps
         explain = attributions.integrated_gradients(model, steps, settings.batch_size)
-        return Method(name, kind, explain, about=f"{steps} steps from black, absolute values")
+        return Method(name, kind, explain, about=f"{steps} steps from black, absolute values", passes=steps)
     if base == "occlusion":
-        return Method(name, kind, attributions.occlusion(model, settings.batch_size), about="squares of a seventh")
+        explain = attributions.occlusion(model, settings.batch_size)
+        return Method(name, kind, explain, about="squares of a seventh", passes=170)  # 13 x 13 places
     if base == "rise":
         explain = rise(model, settings.rise_masks, settings.batch_size, settings.seed)
-        return Method(name, kind, explain, about=f"{settings.rise_masks} masks")
+        return Method(name, kind, explain, about=f"{settings.rise_masks} masks", passes=settings.rise_masks)
     if base == "ones":
         return Method(name, kind, trivial.ones)
     if base == "gaussian":

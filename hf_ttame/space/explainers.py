@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 from ..baselines import Method, make_method
 from ..demo import EXPLAINER, load_explainer
 from ..modeling_ttame import TTameModel
+from ..paths import check_path
 from ..saving import HUB_ERRORS
 
 _Result = TypeVar("_Result")
@@ -125,6 +126,8 @@ class Explainers:
             if not by_owner:
                 raise ValueError("folders of this machine are not opened here; give a Hub id, 'organisation/name'")
         else:
+            if by_owner:
+                check_path(name, "explainer")
             _check_hub_id(name)
         token = None if by_owner else False  # None: the one that is stored on this machine
         if not by_owner:

@@ -1,0 +1,42 @@
+"""A full disk, in words: which file could not be written, and what to do."""
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_FULL = {number: os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)}
+# What libraries say that do not pass the system's number on: safetensors, Pillow, NumPy, torch, Arrow.
+_WORDS = re.compile(
+    rf"(?:os error|errno) (?:{'|'.join(map(str, _FULL))})\b|encoder error|\d requested and \d+ written"
+    "|PytorchStreamWriter|unexpected pos",
+    re.IGNORECASE,
+)
+
+
+def full_disk(error: BaseException, path: str | os.PathLike | None = None) -> str | None:
+    """What to say of an error that means a full disk; None of another.
+
+    Args:
+        error: as it was raised.
+        path: the file; None: the one that the error names, if it does.
+    """
+    number = getattr(error, "errno", None)
+    if number not in _FULL and not (number is None and _WORDS.search(str(error))):
+        return None
+    path = path or getattr(error, "filename", None)
+    return (
+        f"{repr(os.fspath(path)) if path else 'a file'} cannot be written: {_FULL.get(number, 'disk full')}; make room"
+    )
+
+
+@contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """Raise OSError with the name of the file where the disk is full; other errors pass as they are."""
+    try:
+        yield
+    except Exception as error:  # safetensors and torch raise their own
+        if (text := full_disk(error, path)) is None:
+            raise
+        raise OSError(text) from error
