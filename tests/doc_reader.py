@@ -134,6 +134,8 @@ class Reader:
             self.serve(words, settings)
         elif words[0] != "ttame" or words[1] in APART or settings:
             self.run_program(words, settings)
+            arrived = {name for _, name in self.hub.repositories} & set(words)
+            assert arrived or words[1] not in ("push", "push-space"), "nothing arrived on the Hub"
         elif words[1] == "train":
             self.train(words[2:])
         else:
@@ -144,8 +146,8 @@ class Reader:
         """The installed commands with this code, the Hub on loopback, an empty cache, no GPU."""
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
         above = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-        cpu = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-        return self.hub.environment(Path("home").resolve(), PATH=path, PYTHONPATH=above, **cpu, **settings)
+        own = {"PATH": path, "PYTHONPATH": above, "CUDA_VISIBLE_DEVICES": ""}
+        return self.hub.environment(Path("home").resolve(), **{**own, **settings})
 
     def run_program(self, words: list[str], settings: dict[str, str] | None = None) -> None:
         done = subprocess.run(
@@ -167,7 +169,8 @@ class Reader:
         try:
             end = time.monotonic() + PATIENCE
             while url not in log.read_text():
-                assert process.poll() is None and time.monotonic() < end, log.read_text()[-4000:]
+                assert process.poll() is None, log.read_text()[-4000:]
+                assert time.monotonic() < end, f"no {url} was printed: {log.read_text()[-4000:]}"
                 time.sleep(0.1)
             with urllib.request.urlopen(url, body, timeout=60) as response:
                 answer = response.read()
