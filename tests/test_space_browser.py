@@ -326,16 +326,19 @@ def test_paste(page: "playwright_api.Page") -> None:
 
 def test_paste_by_keyboard(page: "playwright_api.Page") -> None:
     """Wherever the focus is, and after the button was used: gradio's field then has no input for files."""
+    rocket = page.locator("[data-example=rocket]")
     for button in (False, True):
-        copy(page, "rocket")
-        if button:
-            page.locator("#tt-picture button[aria-label*=lipboard]").click()
+        rocket.click()
         is_shown(page, "missile")
+        if button:
+            copy(page, "coffee")
+            page.locator("#tt-picture button[aria-label*=lipboard]").click()
+            is_shown(page, "espresso")
         copy(page, "cat")
         page.locator("#tt-keep input[type=range]").focus()
         page.keyboard.press("Control+V")
         is_shown(page, "tiger cat")
-        page.locator("[data-example=rocket]").click()
+    rocket.click()
     is_shown(page, "missile")
     # In a field for text, text stays text, also where a picture is beside it.
     other = page.locator("#tt-other").get_by_role("textbox")
@@ -402,6 +405,7 @@ def test_a_full_queue_gets_words(page: "playwright_api.Page", space: "gr.Blocks"
     is_shown(page, "espresso")
     playwright_api.expect(page.locator("#tt-test")).to_contain_text("espresso")
     monkeypatch.setattr(Analysis, "__init__", slow)
+    assert space._queue.max_size == 64  # as docs/space.md says
     monkeypatch.setattr(space._queue, "max_size", 1)
     rocket, words = page.locator("[data-example=rocket]"), page.get_by_text("currently busy. Please try again")
     try:
@@ -409,8 +413,11 @@ def test_a_full_queue_gets_words(page: "playwright_api.Page", space: "gr.Blocks"
             rocket.click()
             assert begun.acquire(timeout=10)
         rocket.click()
-        while not len(space._queue):
-            page.wait_for_timeout(20)
+        for _ in range(100):
+            if len(space._queue):
+                break
+            page.wait_for_timeout(50)
+        assert len(space._queue) == 1
         playwright_api.expect(words).to_have_count(0)
         rocket.click()
         playwright_api.expect(words).to_be_visible()
