@@ -1,5 +1,7 @@
 """Dtypes, devices, attention implementations, compilation and export of the whole explainer."""
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,9 @@ import torch
 from conftest import make_timm, make_vit, vit_processor
 
 from hf_ttame import TTameModel
+from hf_ttame.masking import min_max
+
+COMPILERS = ("c++", "g++", "clang++")
 
 
 def make(which: str) -> TTameModel:
@@ -74,6 +79,32 @@ def test_compiled_explainer_gives_the_same(saved):
     head = torch.compile(model.head, fullgraph=True, backend="eager")
     torch.testing.assert_close(head(features, expected.class_ids), expected.map_logits)
     torch.testing.assert_close(torch.compile(model, backend="eager")(noise()).map_logits, expected.map_logits)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where torch.compile puts what it makes: empty at first, and its headers are compiled once for both models."""
+    from torch._inductor import config
+
+    folder = tmp_path_factory.mktemp("compiled")
+    with pytest.MonkeyPatch.context() as patch, config.patch(compile_threads=1):  # no pool of processes
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
+        yield folder
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="torch.compile needs a C++ compiler")
+@torch.no_grad()
+def test_compiled_by_the_default_backend_gives_the_same(saved, compiled):
+    model, _ = saved
+    before = set(compiled.rglob("*.so"))
+    torch.compiler.reset()
+    found, expected = torch.compile(model)(noise()), model(noise())
+    assert set(compiled.rglob("*.so")) - before  # it was not run as it is
+    assert torch.equal(found.class_ids, expected.class_ids)
+    torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.map_logits, expected.map_logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(min_max(found.map_logits), min_max(expected.map_logits), atol=1e-4, rtol=0)
 
 
 class Plain(torch.nn.Module):

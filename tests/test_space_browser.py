@@ -1,43 +1,60 @@
 """The Space in a real browser: Chromium, driven by Playwright, on a server of this process."""
 
 import base64
+import io
 import os
 import re
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_vit, vit_processor
+from hub_server import running_hub
 from PIL import Image
 
 from hf_ttame import TTameModel
+
+if TYPE_CHECKING:
+    import gradio as gr
 
 playwright_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium (Debian: apt install chromium)")
 PRESSED = '.tt-bar[aria-pressed="true"] .tt-label'
-PHOTOGRAPHS = Path(__file__).parents[1] / "hf_ttame" / "assets" / "photographs"
+ROOT = Path(__file__).parents[1]
+PHOTOGRAPHS = ROOT / "hf_ttame" / "assets" / "photographs"
+# Chromium's own camera: a green picture with a paler disc that turns.
+CAMERA = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[str]:
+def space() -> Iterator["gr.Blocks"]:
     from hf_ttame.space.serving import running
 
     with running() as page:
-        yield page.local_url
+        yield page
         uploads = Path(os.environ["GRADIO_TEMP_DIR"])
         assert uploads.is_dir()
     assert not uploads.exists()
 
 
 @pytest.fixture(scope="module")
+def server(space: "gr.Blocks") -> str:
+    return str(space.local_url)
+
+
+@pytest.fixture(scope="module")
 def browser() -> Iterator["playwright_api.Browser"]:
     with playwright_api.sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", *CAMERA])
         yield found
         found.close()
 
@@ -302,10 +319,176 @@ def test_in_the_light(page: "playwright_api.Page") -> None:
 
 
 def test_paste(page: "playwright_api.Page") -> None:
-    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
-    page.evaluate(_COPY, base64.b64encode((PHOTOGRAPHS / "rocket.jpg").read_bytes()).decode())
+    copy(page, "rocket")
     page.locator("#tt-picture button[aria-label*=lipboard]").click()
     is_shown(page, "missile")
+
+
+def test_paste_by_keyboard(page: "playwright_api.Page") -> None:
+    """Wherever the focus is, and after the button was used: gradio's field then has no input for files."""
+    rocket = page.locator("[data-example=rocket]")
+    for button in (False, True):
+        rocket.click()
+        is_shown(page, "missile")
+        if button:
+            copy(page, "coffee")
+            page.locator("#tt-picture button[aria-label*=lipboard]").click()
+            is_shown(page, "espresso")
+        copy(page, "cat")
+        page.locator("#tt-keep input[type=range]").focus()
+        page.keyboard.press("Control+V")
+        is_shown(page, "tiger cat")
+    rocket.click()
+    is_shown(page, "missile")
+    # In a field for text, text stays text, also where a picture is beside it.
+    other = page.locator("#tt-other").get_by_role("textbox")
+    page.evaluate(
+        """async () => {
+          const [item] = await navigator.clipboard.read();
+          const image = await item.getType("image/png"), text = new Blob(["lynx"], { type: "text/plain" });
+          await navigator.clipboard.write([new ClipboardItem({ "image/png": image, "text/plain": text })]);
+        }"""
+    )
+    other.focus()
+    page.keyboard.press("Control+V")
+    playwright_api.expect(other).to_have_value("lynx")
+    page.wait_for_timeout(500)
+    is_shown(page, "missile")
+    other.fill("")
+
+
+def test_webcam(page: "playwright_api.Page") -> None:
+    page.context.grant_permissions(["camera"])
+    page.evaluate(
+        """() => {
+          const media = navigator.mediaDevices, ask = media.getUserMedia.bind(media);
+          window.tracks = [];
+          media.getUserMedia = async (wish) => {
+            const stream = await ask(wish);
+            window.tracks.push(...stream.getTracks());
+            return stream;
+          };
+        }"""
+    )
+    states = "window.tracks.map((track) => track.kind + ' ' + track.readyState)"
+    page.locator("#tt-picture button[aria-label*=camera]").click()
+    page.get_by_text("Click to Access Webcam").click()
+    page.wait_for_function("document.querySelector('#tt-picture video')?.videoWidth > 0")
+    assert page.evaluate(states) == ["video live"]  # and no microphone
+    before = page.get_attribute("#tt-stage .tt-layer", "src")
+    page.get_by_role("button", name="capture photo").click()
+    playwright_api.expect(page.locator("#tt-stage .tt-layer")).not_to_have_attribute("src", before)
+    loaded(page, "#tt-stage")
+    assert page.locator(".tt-bar").count() == 5
+    playwright_api.expect(page.locator("#tt-test")).to_contain_text(page.locator(PRESSED).inner_text())
+    playwright_api.expect(page.locator("#tt-notice")).to_be_empty()
+    assert page.evaluate(states) == ["video ended"]
+    taken = page.request.get(page.locator("#tt-stage img").first.evaluate("image => image.src")).body()
+    red, green, blue = np.asarray(Image.open(io.BytesIO(taken)).convert("RGB")).mean(axis=(0, 1))
+    assert green > 100
+    assert max(red, blue) < 50
+
+
+def test_a_full_queue_gets_words(page: "playwright_api.Page", space: "gr.Blocks", monkeypatch) -> None:
+    """While four passes do not end and one wish waits, the next is refused; then all goes on."""
+    from hf_ttame.space.analysis import Analysis
+
+    go_on, begun = threading.Event(), threading.Semaphore(0)
+    made = Analysis.__init__
+
+    def slow(*arguments: object) -> None:
+        begun.release()
+        assert go_on.wait(30)
+        made(*arguments)
+
+    page.locator("[data-example=coffee]").click()
+    is_shown(page, "espresso")
+    playwright_api.expect(page.locator("#tt-test")).to_contain_text("espresso")
+    monkeypatch.setattr(Analysis, "__init__", slow)
+    assert space._queue.max_size == 64  # as docs/space.md says
+    monkeypatch.setattr(space._queue, "max_size", 1)
+    rocket, words = page.locator("[data-example=rocket]"), page.get_by_text("currently busy. Please try again")
+    try:
+        for _ in range(4):
+            rocket.click()
+            assert begun.acquire(timeout=10)
+        rocket.click()
+        for _ in range(100):
+            if len(space._queue):
+                break
+            page.wait_for_timeout(50)
+        assert len(space._queue) == 1
+        playwright_api.expect(words).to_have_count(0)
+        rocket.click()
+        playwright_api.expect(words).to_be_visible()
+        is_shown(page, "espresso")
+    finally:
+        go_on.set()
+    is_shown(page, "missile")
+    page.locator("[data-example=cat]").click()
+    is_shown(page, "tiger cat")
+
+
+def test_an_explainer_of_the_hub(browser: "playwright_api.Browser", vit_folder: Path, tmp_path: Path) -> None:
+    """Of `ttame space`, a process of its own: which Hub is asked is read at import."""
+    torch.manual_seed(0)
+    TTameModel.from_backbone(make_vit(), processor=vit_processor()).save_pretrained(tmp_path / "vit")
+    with running_hub() as hub:
+        hub.put("org/explainer", tmp_path / "vit")
+        hub.put("org/classifier", vit_folder)
+        with serving(hub.environment(tmp_path / "home", PYTHONPATH=str(ROOT)), tmp_path / "errors") as address:
+            page = browser.new_page()
+            page.set_default_timeout(15_000)
+            page.goto(address)
+            is_shown(page, "espresso")
+            notice = page.locator("#tt-notice")
+            for name, words in {
+                "org/nothing": "There is no explainer 'org/nothing' on the Hub",
+                "org/classifier": "'org/classifier' is no explainer, but a model of type 'vit'",
+            }.items():
+                page.locator("#tt-explainer input").fill(name)
+                page.keyboard.press("Enter")
+                playwright_api.expect(notice).to_contain_text(words)
+                playwright_api.expect(notice.get_by_role("alert")).to_be_visible()
+                is_shown(page, "espresso")
+            page.locator("#tt-explainer input").fill("org/explainer")
+            page.keyboard.press("Enter")
+            playwright_api.expect(page.locator(".tt-bars")).to_contain_text("garbage truck")
+            playwright_api.expect(notice).to_be_empty()
+            loaded(page, "#tt-stage")
+            before = page.get_attribute("#tt-stage .tt-layer", "src")
+            upload(page, PHOTOGRAPHS / "cat.jpg")
+            playwright_api.expect(page.locator("#tt-stage")).to_contain_text("451 x 300")
+            assert page.get_attribute("#tt-stage .tt-layer", "src") != before
+            loaded(page, "#tt-stage")
+            page.close()
+        assert any("/org/explainer/" in line and "model.safetensors" in line for line in hub.requests)
+    assert "Traceback" not in (tmp_path / "errors").read_text()
+
+
+@contextmanager
+def serving(environment: dict[str, str], errors: Path) -> Iterator[str]:
+    """`ttame space` in a process of its own, ended in the end: its address."""
+    command = [sys.executable, "-m", "hf_ttame.cli", "space"]
+    with errors.open("w") as file:
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=file, text=True)
+    try:
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        found = re.search(r"http://\S+?(?=;|\s)", said)
+        assert found, errors.read_text()
+        yield found[0]
+        assert process.poll() is None
+    finally:
+        process.terminate()
+        process.wait(20)
+        process.stdout.close()
+
+
+def copy(page: "playwright_api.Page", name: str) -> None:
+    """An example into the clipboard."""
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.evaluate(_COPY, base64.b64encode((PHOTOGRAPHS / f"{name}.jpg").read_bytes()).decode())
 
 
 def brightness(page: "playwright_api.Page", what: str) -> int:

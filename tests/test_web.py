@@ -170,6 +170,47 @@ def test_bad_files_get_words(page: Any, name: str, content: bytes, words: str) -
     page.wait_for_function("() => document.getElementById('status').textContent.startsWith('One pass')")
 
 
+@pytest.mark.parametrize(
+    ("broken", "answer", "words"),
+    [
+        (
+            "explainer.onnx",
+            {"status": 404},
+            "explainer.onnx is missing (404); run build.py to make the complete folder",
+        ),
+        (
+            "explainer.json",
+            {"status": 503},
+            "explainer.json is missing (503); run build.py to make the complete folder",
+        ),
+        ("explainer.onnx", {"status": 200, "body": b"no graph"}, "protobuf parsing failed"),
+        ("explainer.onnx", None, "Failed to fetch"),
+    ],
+    ids=["missing", "facts", "garbage", "cut"],
+)
+def test_a_failed_load_is_said_and_said_again_for_a_picture(
+    site: str, context: Any, broken: str, answer: dict[str, Any] | None, words: str
+) -> None:
+    page, problems = context.new_page(), []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.route(f"**/{broken}", lambda route: route.fulfill(**answer) if answer else route.abort())
+    page.goto(site)
+    status = page.locator("#status")
+    sync_api.expect(status).to_contain_text("The explainer cannot be loaded: ", timeout=20_000)
+    sync_api.expect(status).to_contain_text(words)
+    said = status.inner_text()
+    page.evaluate("() => { document.getElementById('status').textContent = ''; }")
+    give(page, "fine.png", png(Image.new("RGB", (9, 9), "red")))
+    sync_api.expect(status).to_have_text(said)
+    assert "bad" in page.get_attribute("#status", "class")
+    assert page.locator("#result").is_hidden()
+    assert page.get_attribute("body", "data-ready") is None
+    give(page, "notes.txt", b"no picture at all")  # a bad picture is still called one
+    sync_api.expect(status).to_contain_text("not a picture")
+    page.close()
+    assert problems == []
+
+
 def test_rotation_paste_and_drop(page: Any) -> None:
     stream = io.BytesIO()
     exif = Image.Exif()

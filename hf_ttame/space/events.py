@@ -16,6 +16,25 @@ _STRENGTH = """(strength) => {
     link.href = url.href;
   }
 }"""
+# Ctrl+V anywhere: gradio's own field pastes by its button alone. Where text is typed, text beside the picture wins.
+# The field has no input while it uploads, or after its button for the clipboard was used: the first of its buttons is
+# the one for files.
+_PASTE = """() => document.addEventListener("paste", async (event) => {
+  const [file] = event.clipboardData.files;
+  const typing = event.target.closest?.("input, textarea") && event.clipboardData.types.includes("text/plain");
+  if (!file || typing) return;
+  event.preventDefault();
+  const transfer = new DataTransfer();
+  transfer.items.add(file);
+  const find = (part) => document.querySelector(`#tt-picture ${part}`);
+  while (!find("input[type=file]")) {
+    find("[data-testid=source-select] button")?.click();
+    await new Promise((resolve) => setTimeout(resolve, 50));
+  }
+  const input = find("input[type=file]");
+  input.files = transfer.files;
+  input.dispatchEvent(new Event("change", { bubbles: true }));
+})"""
 
 # What runs passes of a backbone takes turns anyway; the quick ones never wait behind them.
 _PASSES: dict[str, Any] = {
@@ -158,6 +177,7 @@ def connect(page: gr.Blocks, parts: dict[str, Any], handlers: Handlers) -> None:
         rise, [parts["masks"], *keep], measured, show_progress_on=parts["methods"], **_RISE
     )
     parts["stop"].click(stop, None, None, **_NOW)
+    page.load(None, None, None, js=_PASTE)
     page.unload(leave)
 
 
