@@ -31,6 +31,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium (Debi
 PRESSED = '.tt-bar[aria-pressed="true"] .tt-label'
 ROOT = Path(__file__).parents[1]
 PHOTOGRAPHS = ROOT / "hf_ttame" / "assets" / "photographs"
+PATIENCE = 30_000  # milliseconds: a busy machine takes its time
 # Chromium's own camera: a green picture with a paler disc that turns.
 CAMERA = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")
 
@@ -54,6 +55,7 @@ def server(space: "gr.Blocks") -> str:
 @pytest.fixture(scope="module")
 def browser() -> Iterator["playwright_api.Browser"]:
     with playwright_api.sync_playwright() as playwright:
+        playwright_api.expect.set_options(timeout=PATIENCE)
         found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", *CAMERA])
         yield found
         found.close()
@@ -75,7 +77,7 @@ def visit(browser: "playwright_api.Browser", server: str) -> Iterator[Visit]:
         context = browser.new_context(**{"viewport": {"width": 1280, "height": 860}, **settings})
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(15_000)
+        page.set_default_timeout(PATIENCE)
         page.on("request", watch)
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(server)
@@ -438,7 +440,7 @@ def test_an_explainer_of_the_hub(browser: "playwright_api.Browser", vit_folder: 
         hub.put("org/classifier", vit_folder)
         with serving(hub.environment(tmp_path / "home", PYTHONPATH=str(ROOT)), tmp_path / "errors") as address:
             page = browser.new_page()
-            page.set_default_timeout(15_000)
+            page.set_default_timeout(PATIENCE)
             page.goto(address)
             is_shown(page, "espresso")
             notice = page.locator("#tt-notice")

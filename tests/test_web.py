@@ -63,6 +63,7 @@ def site(lite_onnx: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 @pytest.fixture(scope="module")
 def context() -> Iterator[Any]:
     with sync_api.sync_playwright() as playwright:
+        sync_api.expect.set_options(timeout=30_000)  # a busy machine takes its time
         browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         yield browser.new_context(viewport={"width": 1200, "height": 900}, accept_downloads=True)
         browser.close()
@@ -196,7 +197,7 @@ def test_a_failed_load_is_said_and_said_again_for_a_picture(
     page.route(f"**/{broken}", lambda route: route.fulfill(**answer) if answer else route.abort())
     page.goto(site)
     status = page.locator("#status")
-    sync_api.expect(status).to_contain_text("The explainer cannot be loaded: ", timeout=20_000)
+    sync_api.expect(status).to_contain_text("The explainer cannot be loaded: ")
     sync_api.expect(status).to_contain_text(words)
     said = status.inner_text()
     page.evaluate("() => { document.getElementById('status').textContent = ''; }")
