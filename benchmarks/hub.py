@@ -138,7 +138,7 @@ def main() -> None:
             for cache in ("empty", "full"):
                 command = [sys.executable, __file__, "--client", f"{ORG}/ttame-{slug}", str(PHOTOGRAPHS / "cat.jpg")]
                 environment = {**hub.environment(work / f"home-{slug}"), "PYTHONPATH": str(ROOT)}
-                environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))
+                environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # other counts round differently
                 done = subprocess.run(
                     command, env=environment, cwd=work, stdout=subprocess.PIPE, text=True, check=True
                 )
