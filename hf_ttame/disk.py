@@ -26,8 +26,8 @@ def full_disk(error: BaseException, path: str | os.PathLike | None = None) -> st
     if number not in _FULL and not (number is None and _WORDS.search(str(error))):
         return None
     path = path or getattr(error, "filename", None)
-    return (
-        f"{repr(os.fspath(path)) if path else 'a file'} cannot be written: {_FULL.get(number, 'disk full')}; make room"
+    return f"{repr(os.fspath(path)) if path else 'a file'} cannot be written: {_FULL.get(number, 'disk full')}; " + (
+        "make room" if number != errno.EFBIG else "make room, or raise the limit on the size of a file"
     )
 
 

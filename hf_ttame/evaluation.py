@@ -503,7 +503,8 @@ def compare(
     images = Images(plan, model, rank, world)
     hidden = not (main and progress)
     began = time.monotonic()
-    with tqdm(desc="scan", total=plan.limit, unit="image", disable=hidden) as scan_bar:
+    own = -(-plan.limit // world) if plan.limit else None  # images of this process
+    with tqdm(desc="scan", total=own, unit="image", disable=hidden) as scan_bar:
         scanned = scan(model, images, plan, scan_bar)
     pace = world * (time.monotonic() - began) / len(scanned.indices)
     bank = scanned.bank()

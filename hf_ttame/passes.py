@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
-from .baselines import Method, images_of
+from .baselines import Method
+from .features import logits_of
 from .metrics.insertion_deletion import STARTS
 from .metrics.insertion_deletion import STEPS as CURVE_STEPS
 from .metrics.road import FRACTIONS
@@ -55,7 +56,7 @@ class PassBar:
         self.bar.close()
 
     def _count(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        images = len(images_of(output))
+        images = len(logits_of(output))
         self.count += images
         self.bar.update(images)
 

@@ -17,8 +17,8 @@ _PATIENCE = 5.0  # seconds that the Hub has to say whether it knows a name that 
 def check_path(name: str | os.PathLike, what: str, repo_type: str = "model", **hub_kwargs: Any) -> None:
     """Refuse what can only be a path, and is not there.
 
-    Such is "./x", "/x", "~/x" or "a/b/c"; and "a/b" where the folder `a` holds a name like `b` and the Hub knows no
-    "a/b". Everything else may be a Hub id.
+    Such is "./x", "/x", "~/x" or "a/b/c"; and "a/b" where something like it is here (`nearest_path`) and the Hub knows
+    no "a/b", or cannot be asked. Everything else may be a Hub id.
 
     Args:
         name: a folder, a file or a Hub id.
@@ -35,10 +35,14 @@ def check_path(name: str | os.PathLike, what: str, repo_type: str = "model", **h
     near = nearest_path(name)
     if not is_local_path(name) and name.count("/") < 2 and (not near or "/" not in name):
         return
-    if not is_local_path(name) and name.count("/") == 1 and _on_hub(name, repo_type, **hub_kwargs):
-        return
+    unknown = ""
+    if not is_local_path(name) and name.count("/") == 1:
+        known = _on_hub(name, repo_type, **hub_kwargs)
+        if known:
+            return
+        unknown = " here, and the Hub does not know it" if known is False else " here, and the Hub cannot be asked"
     raise ValueError(
-        f"the {what} {name!r} does not exist; "
+        f"the {what} {name!r} does not exist{unknown}; "
         + (f"nearest: {near!r}" if near else "give a path that does, or a Hub id of the form 'organisation/name'")
     )
 
@@ -62,17 +66,19 @@ def nearest_path(name: str) -> str | None:
 
 def _on_hub(
     name: str, repo_type: str, token: Any = None, cache_dir: Any = None, local_files_only: bool = False
-) -> bool:
-    """Whether the cache or the Hub knows a repository; False where the Hub cannot be asked."""
+) -> bool | None:
+    """Whether the cache or the Hub knows a repository; None where it is not cached and the Hub cannot be asked."""
     folder = repo_folder_name(repo_id=name, repo_type=repo_type)
     if Path(cache_dir or huggingface_hub.constants.HF_HUB_CACHE, folder).is_dir():
         return True
     if local_files_only:
-        return False
+        return None
     try:
         huggingface_hub.HfApi(token=checked_token(token)).repo_info(name, repo_type=repo_type, timeout=_PATIENCE)
     except huggingface_hub.errors.GatedRepoError:
         return True  # the client says what to do
-    except _UNKNOWN:
+    except (huggingface_hub.errors.RepositoryNotFoundError, huggingface_hub.errors.HFValidationError):
         return False
+    except _UNKNOWN:
+        return None
     return True

@@ -6,6 +6,7 @@ Most tests call it in this process; those of the start, of the exit and of what 
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -200,6 +201,28 @@ def test_an_error_of_the_training_is_one_line(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("training: the backbone './nothing' does not exist")
     assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_a_terminated_training_leaves_a_checkpoint(
+    vit_folder: Path, photo: Callable[..., Image.Image], tmp_path: Path
+) -> None:
+    """SIGTERM reaches the command alone, as from a supervisor."""
+    (tmp_path / "pictures").mkdir()
+    for seed in range(4):
+        photo(seed=seed).save(tmp_path / "pictures" / f"{seed}.jpg")
+    run = tmp_path / "run"
+    command = [TTAME, "train", "--backbone", vit_folder, "--dataset", tmp_path / "pictures", "--output", run]
+    command += ["--steps", "1000000", "--batch_size", "2", "--workers", "0", "--log_every", "1"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True, env=environment) as training:
+        deadline = time.monotonic() + 200
+        while not (run / "log.jsonl").exists() and training.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        training.terminate()
+        _, errors = training.communicate(timeout=100)
+    assert training.returncode == 130, errors
+    assert "continue with --resume" in errors
+    assert list(run.glob("checkpoint-*/progress.json"))
 
 
 def test_train_reaches_the_training_script() -> None:

@@ -1,7 +1,7 @@
 """What one would use otherwise: other explainers, and trivial maps, behind one contract."""
 
 from .contract import KINDS, Explain, Method
-from .counting import Cost, images_of
+from .counting import Cost
 from .registry import ALL, MethodSettings, cam_layer, expand_names, make_method
 from .trivial import MapBank
 
@@ -15,6 +15,5 @@ __all__ = [
     "MethodSettings",
     "cam_layer",
     "expand_names",
-    "images_of",
     "make_method",
 ]

@@ -6,10 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-
-def images_of(output: Any) -> torch.Tensor:
-    """The logits (B, K) in what a backbone returns: one row per image."""
-    return output if isinstance(output, torch.Tensor) else output.logits
+from ..features import logits_of
 
 
 class Cost:
@@ -33,7 +30,7 @@ class Cost:
         self._began = 0.0
 
     def _count(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        logits = images_of(output)
+        logits = logits_of(output)
         self.forward += logits.shape[0]
         if logits.requires_grad:
             logits.register_hook(self._count_gradient)

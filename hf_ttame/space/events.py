@@ -27,7 +27,8 @@ _PASTE = """() => document.addEventListener("paste", async (event) => {
   const transfer = new DataTransfer();
   transfer.items.add(file);
   const find = (part) => document.querySelector(`#tt-picture ${part}`);
-  while (!find("input[type=file]")) {
+  for (let turn = 0; !find("input[type=file]"); turn++) {
+    if (turn === 200) return;  // ten seconds
     find("[data-testid=source-select] button")?.click();
     await new Promise((resolve) => setTimeout(resolve, 50));
   }

@@ -1,6 +1,7 @@
 """Does the warm start help a classifier that reads the class token alone? DINOv2-S/14, ten classes.
 
-    python training/recipes/dinov2_small_class_token.py BACKBONE IMAGENETTE WORK [--head_init random] [--seed 1]
+    python training/recipes/dinov2_small_class_token.py BACKBONE IMAGENETTE WORK
+    python training/recipes/dinov2_small_class_token.py BACKBONE IMAGENETTE WORK --head_init random --output RANDOM
 
 BACKBONE: a folder of transformers' Dinov2ForImageClassification. IMAGENETTE: a folder with train-*.parquet. Further
 arguments go to training/train.py.
