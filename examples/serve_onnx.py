@@ -144,7 +144,15 @@ def open_picture(source: str | Path | io.BytesIO) -> Image.Image:
                 raise ValueError(f"{width} x {height} pixels; between 1 and {MAX_PIXELS} are accepted")
             if max(width, height) > MAX_ASPECT * min(width, height):
                 raise ValueError(f"{width} x {height}: one side is over {MAX_ASPECT} times the other")
-            return ImageOps.exif_transpose(picture).convert("RGB")
+            upright = ImageOps.exif_transpose(picture)
+            if upright.mode.startswith("I") or upright.mode == "F":  # Pillow's own conversion clips 16 bits
+                values = np.asarray(upright, dtype=np.float64)
+                if upright.mode == "F" and values.max() <= 1:
+                    values = values * 65535
+                if not (values.min() >= 0 and values.max() <= 65535):
+                    raise ValueError(f"values of mode {upright.mode} must lie in 0..65535, or in 0..1 as floats")
+                upright = Image.fromarray(np.rint(values / 257).astype(np.uint8))
+            return upright.convert("RGB")
     except UnidentifiedImageError as error:
         raise ValueError(f"the picture cannot be read: it is none of {', '.join(FORMATS)}") from error
     except Exception as error:  # a damaged file makes Pillow's decoders raise almost anything
@@ -163,6 +171,9 @@ def overlay(picture: Image.Image, explanation: dict, strength: float = 0.55) -> 
 
 def handler(explainer: Explainer, top_k: int) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.answer({"error": "POST a picture: curl --data-binary @photo.jpg ADDRESS"}, 405)
+
         def do_POST(self) -> None:
             try:
                 length = int(self.headers.get("Content-Length") or 0)
@@ -177,6 +188,9 @@ def handler(explainer: Explainer, top_k: int) -> type[BaseHTTPRequestHandler]:
                     answer.append({**facts, "overlay_png": base64.b64encode(png.getvalue()).decode()})
             except ValueError as error:
                 answer, status = {"error": str(error)}, 400
+            self.answer(answer, status)
+
+        def answer(self, answer: list | dict, status: int) -> None:
             body = json.dumps(answer).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
@@ -201,7 +215,10 @@ def main() -> None:
         if not arguments.wanted and (fewer := explainer.fewer(arguments.top_k)):
             print(f"serve_onnx: {fewer}", file=sys.stderr)
         if arguments.port is not None:
-            server = ThreadingHTTPServer(("127.0.0.1", arguments.port), handler(explainer, arguments.top_k))
+            try:
+                server = ThreadingHTTPServer(("127.0.0.1", arguments.port), handler(explainer, arguments.top_k))
+            except OSError as error:
+                raise OSError(f"port {arguments.port} cannot be had ({error.strerror}); give another") from error
             print(f"POST a picture to http://127.0.0.1:{server.server_address[1]}", flush=True)
             server.serve_forever()
         arguments.out.mkdir(parents=True, exist_ok=True)

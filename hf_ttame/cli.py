@@ -1,6 +1,7 @@
 """The command `ttame`. Heavy imports stand inside the commands: `ttame --help` answers at once."""
 
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -61,7 +62,10 @@ def explain(
     if out.is_file():
         raise ValueError(f"--out {str(out)!r} is a file; give a folder for the overlays")
     if folder := next((path for path in images if path.is_dir()), None):
-        raise ValueError(f"{str(folder)!r} is a folder; give pictures, or run `ttame explain-dataset {folder}`")
+        raise ValueError(
+            f"{str(folder)!r} is a folder; give pictures, or run `ttame explain-dataset {shlex.quote(str(folder))} "
+            f"--model {shlex.quote(model)} --out maps`"
+        )
     explainer = _load(model, backbone)
     if class_:
         explainer.resolve_classes(class_)  # before any picture is touched

@@ -439,7 +439,7 @@ class TTameModel(PreTrainedModel):
                 resolved.append(int(name))
             else:
                 nearest = difflib.get_close_matches(name.lower(), by_name, n=4, cutoff=0.4)
-                hint = f"nearest labels: {', '.join(nearest)}" if nearest else "see model.config.id2label"
+                hint = f"nearest labels: {', '.join(map(repr, nearest))}" if nearest else "see model.config.id2label"
                 raise ValueError(
                     f"class {wanted!r} is neither a label nor an id in 0..{self.config.num_labels - 1}; {hint}"
                 )

@@ -83,7 +83,7 @@ def test_explain_takes_classes_by_name_and_id(
     assert {path.name for path in tmp_path.iterdir()} == {"a.png", "a_2.png", "a_0.png"}
     wrong = ttame(*common, "--class", "taby cat")
     assert wrong.returncode == 1
-    assert "nearest labels: tabby cat" in wrong.stderr
+    assert "nearest labels: 'tabby cat'" in wrong.stderr
     assert "Traceback" not in wrong.stderr
 
 

@@ -3,11 +3,13 @@
 Runs that are killed or talk to a Hub are processes forked from a server that has imported everything once.
 """
 
+import contextlib
 import io
 import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -509,13 +511,18 @@ def test_stopped_in_the_middle_and_resumed(
 ) -> None:
     out = tmp_path / "maps"
     argv = command(explainer, parquet, out, "--workers", 1)
-    started = run(server, out, *argv)
-    deadline = time.monotonic() + 60
-    while len(list(out.glob("data/maps-*.parquet"))) < 2:
-        assert time.monotonic() < deadline
-        assert started[0].is_alive(), started[1].read_text()
-        time.sleep(0.001)
-    os.kill(started[0].pid, number)
+    for _ in range(5):  # on a busy machine all can be done before this process sees the second file
+        started = run(server, out, *argv)
+        deadline = time.monotonic() + 60
+        while len(list(out.glob("data/maps-*.parquet"))) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(started[0].pid, number)
+        started[0].join(120)
+        if started[0].exitcode:
+            break
+        shutil.rmtree(out)
     text = finish(started, code)
     if number == signal.SIGINT:
         assert "interrupted; what is complete stands in" in text

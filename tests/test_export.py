@@ -360,7 +360,7 @@ def test_the_example_refuses_other_files_in_words(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_the_example_decodes_no_dangerous_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_example_decodes_no_dangerous_picture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A thin line, a huge one, a format drawn by another program, a damaged AVIF: refused in words."""
     monkeypatch.syspath_prepend(SERVE.parent)
     serve_onnx = importlib.import_module("serve_onnx")
@@ -383,6 +383,9 @@ def test_the_example_decodes_no_dangerous_picture(monkeypatch: pytest.MonkeyPatc
         with pytest.raises(ValueError, match=f"the picture cannot be read: .*{words[name]}"):
             serve_onnx.open_picture(io.BytesIO(file.getvalue()))
     assert serve_onnx.open_picture(PHOTOGRAPHS[0]).mode == "RGB"
+    sixteen = Image.fromarray(np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8))
+    sixteen.save(tmp_path / "sixteen.png")
+    assert np.array_equal(serve_onnx.open_picture(tmp_path / "sixteen.png"), load_image(tmp_path / "sixteen.png"))
 
 
 def test_the_example_says_where_a_graph_gives_fewer_maps(

@@ -756,7 +756,6 @@ def loaded(hub, work, pushed, vit_folder):
     (work / "cards").mkdir()
     for card in ROOT.glob("model_cards/*/README.md"):
         shutil.copy(card, work / "cards" / f"{card.parent.name}.md")
-    shutil.copy(ROOT / "docs" / "hub.md", work / "cards" / "docs.md")
     (work / "cards" / "pushed.md").write_bytes(explainer["README.md"])
     shutil.copytree(work / "vit", work / "path" / "to" / "this" / "folder")
     shutil.copytree(vit_folder, work / "path" / "to" / "the" / "classifier")
@@ -777,7 +776,9 @@ def test_ways_to_load(loaded):
     for way in ("offline", "offline mode", "branch", "commit", "cache_dir", "beside a folder"):
         assert loaded[way] == "ok", way
     assert loaded["offline mode, never seen"].startswith("OSError: We couldn't connect to")
-    assert loaded["beside, nowhere"].endswith("'org/ttame-cat' does not exist; nearest: 'org/ttame-cit'")
+    assert loaded["beside, nowhere"].endswith(
+        "'org/ttame-cat' does not exist here, and the Hub does not know it; nearest: 'org/ttame-cit'"
+    )
     assert loaded["bfloat16"] == "torch.bfloat16"
     assert loaded["in cache_dir"] == ["models--org--ttame-timm", "models--timm--tiny-resnet"]
 
@@ -822,7 +823,7 @@ def test_nothing_foreign_ran_or_left_the_cache(loaded, work):
 
 def test_code_of_cards_runs_as_printed(loaded):
     ran = {name for name, _ in loaded["cards"]}
-    assert ran == {"pushed", "docs", "vgg16", "resnet50", "vit_b_16", "efficientnet_lite0", "dinov2_small"}
+    assert ran == {"pushed", "vgg16", "resnet50", "vit_b_16", "efficientnet_lite0", "dinov2_small"}
     assert [entry for entry in loaded["cards"] if entry[1] != "ok"] == []
     assert "photo_explained.png" in loaded["written"]
 

@@ -202,7 +202,7 @@ def test_no_picture_starts_a_program(explain, pictures, tmp_path, monkeypatch):
 
 
 def test_wrong_use(explain, pictures, hf_vit):
-    with pytest.raises(ValueError, match="nearest labels: church"):
+    with pytest.raises(ValueError, match="nearest labels: 'church'"):
         explain(pictures[0], class_ids="churhc")
     with pytest.raises(TypeError, match=r"got \['topk'\]"):
         explain(pictures[0], topk=3)

@@ -297,6 +297,7 @@ def test_quick_wishes_are_not_dropped(page: "playwright_api.Page", tmp_path: Pat
     playwright_api.expect(page.locator("#tt-test")).to_contain_text(page.locator(PRESSED).inner_text())
     Image.open(PHOTOGRAPHS / "rocket.jpg").resize((4000, 3000)).save(tmp_path / "slow.jpg")
     upload(page, tmp_path / "slow.jpg")
+    page.locator("#tt-picture input[type=file]").wait_for(state="detached")  # until the field has taken the file
     page.locator("[data-example=coffee]").click()
     upload(page, PHOTOGRAPHS / "cat.jpg")
     playwright_api.expect(stage).to_contain_text("451 x 300")

@@ -1,4 +1,4 @@
-"""From a finished run to what is published: the best head alone, in float16, with the record of its training."""
+"""From a finished run to what is published: the best head alone, with the record of its training."""
 
 import shutil
 import sys
@@ -9,17 +9,18 @@ import torch
 from hf_ttame import TTameModel
 
 
-def ship(run: str | Path, target: str | Path) -> None:
+def ship(run: str | Path, target: str | Path, dtype: torch.dtype = torch.float16) -> None:
     """Write the run's best explainer (its last, where nothing was validated) without its backbone.
 
     Args:
         run: output folder of training/train.py.
         target: folder to write.
+        dtype: of the head's weights.
     """
     best = Path(run, "best")
     source = best if (best / "training.json").exists() else Path(run, "explainer")
     model = TTameModel.from_pretrained(source)
-    model.save_pretrained(target, include_backbone=False, head_dtype=torch.float16)
+    model.save_pretrained(target, include_backbone=False, head_dtype=dtype)
     shutil.copyfile(source / "training.json", Path(target, "training.json"))
     size = Path(target, "model.safetensors").stat().st_size / 1e6
     print(f"wrote {source.name} to {target}, {size:.1f} MB", file=sys.stderr)
