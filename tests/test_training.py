@@ -20,6 +20,7 @@ from hf_ttame.losses import LossWeights, ttame_loss
 from hf_ttame.masking import apply_mask, resize_maps
 from hf_ttame.metrics import judge_by
 from hf_ttame.metrics.confidence import drops, masked_confidence
+from hf_ttame.records import check_folder
 from hf_ttame.visualization import plot_curves, plot_intervals
 from training.arguments import Arguments, check
 from training.checkpoints import check_same, checkpoints
@@ -226,6 +227,7 @@ def test_a_run_is_shipped_as_a_small_head(model: TTameModel, tmp_path: Path, mon
         torch.half
     }
     assert weights["head.class_counts"].tolist() == [0, 0, 0, 0, 9, 0, 0]
+    check_folder(tmp_path / "shipped")  # the record names the head in its new dtype
     sys.modules.pop("ship")
 
 

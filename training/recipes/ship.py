@@ -1,12 +1,13 @@
 """From a finished run to what is published: the best head alone, with the record of its training."""
 
-import shutil
+import json
 import sys
 from pathlib import Path
 
 import torch
 
 from hf_ttame import TTameModel
+from hf_ttame.records import fingerprint_of_folder
 
 
 def ship(run: str | Path, target: str | Path, dtype: torch.dtype = torch.float16) -> None:
@@ -21,6 +22,8 @@ def ship(run: str | Path, target: str | Path, dtype: torch.dtype = torch.float16
     source = best if (best / "training.json").exists() else Path(run, "explainer")
     model = TTameModel.from_pretrained(source)
     model.save_pretrained(target, include_backbone=False, head_dtype=dtype)
-    shutil.copyfile(source / "training.json", Path(target, "training.json"))
+    record = json.loads((source / "training.json").read_text())
+    record["head_fingerprint"] = fingerprint_of_folder(Path(target))  # in this dtype it is another
+    Path(target, "training.json").write_text(json.dumps(record, indent=2) + "\n")
     size = Path(target, "model.safetensors").stat().st_size / 1e6
     print(f"wrote {source.name} to {target}, {size:.1f} MB", file=sys.stderr)
