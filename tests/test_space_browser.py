@@ -299,6 +299,9 @@ def test_quick_wishes_are_not_dropped(page: "playwright_api.Page", tmp_path: Pat
     upload(page, tmp_path / "slow.jpg")
     page.locator("#tt-picture input[type=file]").wait_for(state="detached")  # until the field has taken the file
     page.locator("[data-example=coffee]").click()
+    is_shown(
+        page, "espresso"
+    )  # by now the field has changed from uploading to its picture: it would lose another file
     upload(page, PHOTOGRAPHS / "cat.jpg")
     playwright_api.expect(stage).to_contain_text("451 x 300")
     page.wait_for_timeout(1500)
