@@ -450,7 +450,8 @@ def test_a_visit(handlers, folder, photo):
     name = str(folder)
     shown = handlers.example("me", "example", name, 55, "spectrum")
     session = handlers.sessions.find("me")
-    assert set(shown) == {"bars", "stage", "notice", "pair", "first", "second"}
+    assert set(shown) == {"picture", "bars", "stage", "notice", "pair", "first", "second"}
+    assert shown["picture"] is None  # the field is free for the next
     assert shown["bars"].count('aria-pressed="true"') == 1
     assert shown["first"] == ([(session.analysis.label(i), i) for i in session.analysis.top], shown["first"][1])
     measured = handlers.measure("me", 30, "spectrum")

@@ -71,16 +71,15 @@ class Handlers:
     def upload(
         self, visitor: str, file: dict[str, Any] | None, explainer: str | None, strength: int, colours: str
     ) -> Content:
-        """An upload, a paste or a photo of the webcam. The field is emptied again, whatever happens."""
+        """An upload, a paste or a photo of the webcam."""
         if not file or not file.get("path"):
             return {}
         path = Path(file["path"])
         try:
-            found = self._upload(visitor, lambda: read_upload(path, self.sweeper.folder), explainer, strength, colours)
+            return self._upload(visitor, lambda: read_upload(path, self.sweeper.folder), explainer, strength, colours)
         finally:
             if path.resolve().is_relative_to(self.sweeper.folder.resolve()):
                 self.sweeper.was_read(path)
-        return {**found, "picture": None}
 
     def example(self, visitor: str, name: str, explainer: str | None, strength: int, colours: str) -> Content:
         """One of the photographs that are there."""
@@ -101,7 +100,7 @@ class Handlers:
     ) -> Content:
         with self.sessions.wish(visitor) as newest:
             shown = self._new(visitor, read, explainer, strength, colours, newest)
-            return shown if newest() else {}  # words about an older wish would be misread, too
+            return _last(shown, newest)
 
     @in_words
     def _new(
@@ -120,7 +119,7 @@ class Handlers:
     def explainer(self, visitor: str, name: str | None, strength: int, colours: str) -> Content:
         """Another explainer, for the same picture where there is one."""
         with self.sessions.wish(visitor) as newest:
-            return self._explainer(visitor, name, strength, colours, newest)
+            return _last(self._explainer(visitor, name, strength, colours, newest), newest)
 
     @in_words
     def _explainer(
@@ -261,3 +260,11 @@ def _percent(keep: float) -> int:
 def _short(text: str, length: int = 300) -> str:
     text = " ".join(text.split())
     return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _last(shown: Content, newest: Callable[[], bool]) -> Content:
+    """What the last wish shows, with the field for pictures emptied; of an older one nothing.
+
+    Words about an older wish would be misread, and emptying the field could take the next picture out of it.
+    """
+    return {**shown, "picture": None} if newest() else {}

@@ -9,8 +9,8 @@ The classifier reads the class token and the mean of the patch tokens with one l
 the class activation map of the patch tokens. A twentieth of the training photographs is held out for validation; the
 best head on it is kept in OUTPUT/best. --ship writes it, without the backbone (1.9 MB), to DIR.
 
-Hardware: 2 CPU cores are enough. These settings were not run to their end. The head in model_cards/dinov2_small took 90
-minutes on one thread with `--steps 500 --batch_size 16 --workers 1 --mixed_precision bf16 --holdout 0.02
+Hardware: 2 CPU cores are enough. These settings were not run to their end. The head in model_cards/dinov2_small took
+90 minutes on one thread with `--steps 500 --batch_size 16 --workers 1 --mixed_precision bf16 --holdout 0.02
 --validation_size 64 --validate_every 125`; its card has the figures. Ten classes are an easy judge: compare explainers
 on a classifier with many.
 """
