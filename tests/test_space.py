@@ -1,5 +1,6 @@
 """The Space without a browser: uploads, explainers, what costs a pass, words instead of errors."""
 
+import html
 import io
 import os
 import re
@@ -467,7 +468,7 @@ def test_a_visit(handlers, folder, photo):
     assert session.class_id == 3
     assert shown["other"] == ""
     assert handlers.ask_class("me", "  ", 40, "viridis") == {}
-    assert "nearest labels: 'church'" in handlers.ask_class("me", "churc", 40, "viridis")["notice"]
+    assert "nearest labels: 'church'" in html.unescape(handlers.ask_class("me", "churc", 40, "viridis")["notice"])
     assert "class=3" in handlers.compare("me", "church", "0", "grey")["pair"]
     assert session.pair == (3, 0)
     recoloured = handlers.recolour("me", 30, 40, "inferno")
