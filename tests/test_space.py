@@ -489,7 +489,7 @@ def test_a_visit(handlers, folder, photo):
     again = handlers.explainer("me", name, 55, "spectrum")
     assert "T-TAME explainer" in again["report"]
     assert "stage" in again
-    assert set(handlers.explainer("somebody", name, 55, "spectrum")) == {"notice", "report"}
+    assert set(handlers.explainer("somebody", name, 55, "spectrum")) == {"picture", "notice", "report"}
 
 
 def test_bad_wishes_are_answered_in_words(handlers, folder, tmp_path):
