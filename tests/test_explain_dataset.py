@@ -511,10 +511,10 @@ def test_stopped_in_the_middle_and_resumed(
 ) -> None:
     out = tmp_path / "maps"
     argv = command(explainer, parquet, out, "--workers", 1)
-    for _ in range(5):  # on a busy machine all can be done before this process sees the second file
+    for _ in range(25):  # on a busy machine all can be done before this process sees the first file
         started = run(server, out, *argv)
         deadline = time.monotonic() + 60
-        while len(list(out.glob("data/maps-*.parquet"))) < 2:
+        while not list(out.glob("data/maps-*.parquet")):
             assert time.monotonic() < deadline
             time.sleep(0.001)
         with contextlib.suppress(ProcessLookupError):
@@ -527,7 +527,7 @@ def test_stopped_in_the_middle_and_resumed(
     if number == signal.SIGINT:
         assert "interrupted; what is complete stands in" in text
     complete = {file.name: file.stat().st_mtime_ns for file in out.glob("data/maps-*.parquet")}
-    assert 2 <= len(complete) < 9
+    assert 1 <= len(complete) < 9
     assert not (out / "report.json").exists()
     (out / "data" / ".maps-00002-00003.parquet.elsewhere-1.part").write_bytes(b"PAR1half a file")
 
