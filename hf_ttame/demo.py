@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from .disk import writing
+from .disk import whole
 from .modeling_ttame import TTameModel
 
 ASSETS = Path(str(files("hf_ttame"))) / "assets"
@@ -76,11 +76,6 @@ def run_demo(output: Path, top_k: int, say: Callable[[str], None]) -> None:
             + [(e.overlay(), f"{e.label.split(',')[0]} {e.score:.0%}") for e in explanations]
         )
     output.parent.mkdir(parents=True, exist_ok=True)
-    part = output.with_name(f".{output.stem}.part{output.suffix}")
-    try:
-        with writing(output):
-            contact_sheet(rows).save(part)
-        part.replace(output)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole(output) as part:
+        contact_sheet(rows).save(part)
     say(f"wrote {output}")

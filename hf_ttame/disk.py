@@ -1,10 +1,11 @@
-"""A full disk, in words: which file could not be written, and what to do."""
+"""Files that are whole or not there, and a full disk in words: which file could not be written, what to do."""
 
 import errno
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 _FULL = {number: os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)}
 # What libraries say that do not pass the system's number on: safetensors, Pillow, NumPy, torch, Arrow.
@@ -40,3 +41,23 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
         if (text := full_disk(error, path)) is None:
             raise
         raise OSError(text) from error
+
+
+@contextmanager
+def whole(path: Path, part: Path | None = None) -> Iterator[Path]:
+    """A file to write beside `path`, which takes its name when the block ends; after an error nothing is left of it.
+
+    Args:
+        path: what is to be written.
+        part: where it is written; None: a hidden file of the same suffix, for one process at a time.
+
+    Raises:
+        OSError: the disk is full; the message names `path`.
+    """
+    part = part or path.with_name(f".{path.stem}.part{path.suffix}")
+    try:
+        with writing(path):
+            yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from .baselines import Cost, MapBank, Method, MethodSettings, expand_names, make_method
-from .disk import writing
+from .disk import whole
 from .image_processing import preprocess
 from .masking import apply_mask, min_max, resize_maps
 from .metrics import (
@@ -351,13 +351,8 @@ def write_rows(path: Path, rows_: dict[Key, dict[str, Any]]) -> None:
     names = sorted({name for row in rows_.values() for name in row})
     table = {"table": [k[0] for k in keys], "index": [k[1] for k in keys], "method": [k[2] for k in keys]}
     table |= {name: [rows_[key].get(name) for key in keys] for name in names}
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with writing(path):
-            pyarrow.parquet.write_table(pyarrow.table(table), part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole(path) as part:
+        pyarrow.parquet.write_table(pyarrow.table(table), part)
 
 
 def read_rows(path: Path) -> dict[Key, dict[str, Any]]:

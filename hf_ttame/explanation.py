@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .disk import writing
+from .disk import whole
 from .visualization import overlay
 
 
@@ -36,13 +36,8 @@ class Explanation:
         """Write the overlay as a picture, or the raw map (H, W) where the name ends in .npy; never half a file."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".{target.stem}.part{target.suffix}")
-        try:
-            with writing(target):
-                if target.suffix == ".npy":
-                    np.save(part, self.map)
-                else:
-                    self.overlay().save(part)
-            os.replace(part, target)
-        finally:
-            part.unlink(missing_ok=True)
+        with whole(target) as part:
+            if target.suffix == ".npy":
+                np.save(part, self.map)
+            else:
+                self.overlay().save(part)

@@ -1,7 +1,6 @@
 """From rows per image to a report: JSON, Markdown tables, plots, a contact sheet."""
 
 import json
-import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import torch
 from PIL import Image
 
 from .baselines import Method
-from .disk import writing
+from .disk import whole
 from .metrics import area_under
 from .metrics.bootstrap import Interval, mean_intervals
 from .metrics.insertion_deletion import STARTS
@@ -323,13 +322,10 @@ def _styles(methods: Sequence[str], kinds: dict[str, str]) -> dict[str, dict[str
 def _save(figure: Any, path: Path) -> None:
     import matplotlib.pyplot as plt
 
-    part = path.with_name(f".{path.stem}.part{path.suffix}")
     try:
-        with writing(path):
+        with whole(path) as part:
             figure.savefig(part, dpi=130, bbox_inches="tight")
-        os.replace(part, path)
     finally:
-        part.unlink(missing_ok=True)
         plt.close(figure)
 
 
@@ -425,14 +421,8 @@ def draw_sheet(output: Path, rows: Rows, methods: Sequence[str], pictures: dict[
             sheet.append(line)
     if not sheet:
         return False
-    path = output / "contact_sheet.jpg"
-    part = path.with_name(".contact_sheet.part.jpg")
-    try:
-        with writing(path):
-            contact_sheet(sheet, height=150).save(part, quality=88)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole(output / "contact_sheet.jpg") as part:
+        contact_sheet(sheet, height=150).save(part, quality=88)
     return True
 
 

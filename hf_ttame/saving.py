@@ -17,7 +17,7 @@ import torch
 from huggingface_hub.utils import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 from torch import nn
 
-from .disk import writing
+from .disk import whole
 
 # The one module that a repository holds: it names the installed package, so nobody's copy of the code can go stale.
 REMOTE_MODULE = "hf_ttame_remote.py"
@@ -261,13 +261,8 @@ def check_download(repo_id: str, revision: str | None, cache_dir: Any = None) ->
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file that has its name only when it is complete, also where several processes write it at once."""
-    part = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.part")
-    try:
-        with writing(path):
-            part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole(path, path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.part")) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def lock_settings(

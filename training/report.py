@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from safetensors import SafetensorError
 
 from hf_ttame.cards import is_ours, write_card
-from hf_ttame.disk import full_disk, writing
+from hf_ttame.disk import full_disk, whole
 from hf_ttame.records import TRAINING, fingerprint_of_folder
 from hf_ttame.visualization import plot_curves
 
@@ -25,16 +25,11 @@ _COLUMNS = 12  # validations in samples.png
 
 def write(path: Path, content: str | Image.Image) -> None:
     """A file that has its name only when it is complete."""
-    part = path.with_name(f".{path.stem}.part{path.suffix}")
-    try:
-        with writing(path):
-            if isinstance(content, str):
-                part.write_text(content)
-            else:
-                content.save(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole(path) as part:
+        if isinstance(content, str):
+            part.write_text(content)
+        else:
+            content.save(part)
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
