@@ -98,39 +98,34 @@ class Handlers:
         strength: int,
         colours: str,
     ) -> Content:
-        with self.sessions.wish(visitor) as newest:
-            shown = self._new(visitor, read, explainer, strength, colours, newest)
-            return _last(shown, newest)
+        def begin(newest: Callable[[], bool]) -> Content:
+            picture, remark = read()
+            chosen = self.explainers.get(explainer, wait=False)  # one that loads must not keep all pictures waiting
+            return self._begin(visitor, chosen, picture, remark, strength, colours, newest)
 
-    @in_words
-    def _new(
-        self,
-        visitor: str,
-        read: Callable[[], tuple[Image.Image, str]],
-        explainer: str | None,
-        strength: int,
-        colours: str,
-        newest: Callable[[], bool],
-    ) -> Content:
-        picture, remark = read()
-        chosen = self.explainers.get(explainer, wait=False)  # one that loads must not keep all pictures waiting
-        return self._begin(visitor, chosen, picture, remark, strength, colours, newest)
+        return self._last_wish(visitor, begin)
 
     def explainer(self, visitor: str, name: str | None, strength: int, colours: str) -> Content:
         """Another explainer, for the same picture where there is one."""
-        with self.sessions.wish(visitor) as newest:
-            return _last(self._explainer(visitor, name, strength, colours, newest), newest)
 
-    @in_words
-    def _explainer(
-        self, visitor: str, name: str | None, strength: int, colours: str, newest: Callable[[], bool]
-    ) -> Content:
-        chosen = self.explainers.get(name)
-        try:
-            picture = self.sessions.find(visitor).analysis.picture
-        except ValueError:
-            return {"notice": "", "report": report(chosen)}
-        return {**self._begin(visitor, chosen, picture, "", strength, colours, newest), "report": report(chosen)}
+        def begin(newest: Callable[[], bool]) -> Content:
+            chosen = self.explainers.get(name)
+            try:
+                picture = self.sessions.find(visitor).analysis.picture
+            except ValueError:
+                return {"notice": "", "report": report(chosen)}
+            return {**self._begin(visitor, chosen, picture, "", strength, colours, newest), "report": report(chosen)}
+
+        return self._last_wish(visitor, begin)
+
+    def _last_wish(self, visitor: str, begin: Callable[[Callable[[], bool]], Content]) -> Content:
+        """What the last wish for another picture shows, with the field for pictures emptied; of an older one nothing.
+
+        Words about an older wish would be misread, and emptying the field could take the next picture out of it.
+        """
+        with self.sessions.wish(visitor) as newest:
+            shown = in_words(begin)(newest)
+            return {**shown, "picture": None} if newest() else {}
 
     def _begin(
         self,
@@ -260,11 +255,3 @@ def _percent(keep: float) -> int:
 def _short(text: str, length: int = 300) -> str:
     text = " ".join(text.split())
     return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def _last(shown: Content, newest: Callable[[], bool]) -> Content:
-    """What the last wish shows, with the field for pictures emptied; of an older one nothing.
-
-    Words about an older wish would be misread, and emptying the field could take the next picture out of it.
-    """
-    return {**shown, "picture": None} if newest() else {}
