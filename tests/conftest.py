@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import Image, features
 from timm.models.vgg import VGG
 from torch import nn
 from transformers import (
@@ -160,6 +160,26 @@ def photo() -> Callable[..., Image.Image]:
         return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
     return make
+
+
+@pytest.fixture
+def damaged_avifs(photo: Callable[..., Image.Image], tmp_path: Path) -> Callable[[int], Iterator[Path]]:
+    """So many AVIF files with four wrong bytes each, one after the other under one name: bad.avif."""
+    if not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    buffer = io.BytesIO()
+    photo(64, 64).save(buffer, "AVIF")
+
+    def damage(count: int) -> Iterator[Path]:
+        random = np.random.default_rng(0)
+        for _ in range(count):
+            content = bytearray(buffer.getvalue())
+            for place in random.integers(60, len(content), 4):
+                content[place] = random.integers(0, 256)
+            (tmp_path / "bad.avif").write_bytes(content)
+            yield tmp_path / "bad.avif"
+
+    return damage
 
 
 @pytest.fixture(scope="session")
