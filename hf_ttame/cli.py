@@ -345,6 +345,7 @@ _BACKBONE = typer.Option(
     help="Folder or Hub id of a backbone that is not recorded; efficientnet-lite0: its package's."
 )
 _WHERE = typer.Option(help="Only some rows: 'column%N==R'.")
+_PRECISION = typer.Option(help="Of the passes: float32, or bfloat16 or float16 where the machine is faster in it.")
 _BOXES = typer.Option(help="Column of a box [left, top, right, bottom] in pixels of the picture.")
 
 
@@ -372,6 +373,7 @@ def evaluate(
     sanity_images: Annotated[int, typer.Option(help="Sanity: images to check on.")] = 64,
     sanity_steps: Annotated[int, typer.Option(help="Sanity: steps of the heads that are trained.")] = 100,
     batch_size: Annotated[int, typer.Option(help="Images per batch.")] = 16,
+    precision: Annotated[str, _PRECISION] = "float32",
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
 ) -> None:
     """Measure one explainer: faithfulness, localisation, sanity. Writes a report with intervals and plots."""
@@ -382,7 +384,7 @@ def evaluate(
     plan = {
         **{"dataset": dataset, "split": split, "limit": limit, "curve_limit": curve_limit, "mosaics": mosaics},
         **{"where": where, "box_column": box_column, "image_column": image_column},
-        **{"batch_size": batch_size, "seed": seed, "methods": ("ttame",)},
+        **{"batch_size": batch_size, "precision": precision, "seed": seed, "methods": ("ttame",)},
         "metrics": tuple(name for name in groups if name != "sanity") or ("confidence",),
     }
     _measure(model, backbone, plan, output, checks)
@@ -416,6 +418,7 @@ def compare(
     image_column: Annotated[str | None, typer.Option(help="Column of the pictures; found if not given.")] = None,
     backbone: Annotated[str | None, _BACKBONE] = None,
     batch_size: Annotated[int, typer.Option(help="Images per batch, and masked copies per pass.")] = 16,
+    precision: Annotated[str, _PRECISION] = "float32",
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
 ) -> None:
     """Measure an explainer beside other methods, on the same images. Distributed under `accelerate launch`."""
@@ -425,7 +428,7 @@ def compare(
     plan = {
         **{"dataset": dataset, "split": split, "limit": limit, "slow_limit": slow_limit, "curve_limit": curve_limit},
         **{"mosaics": mosaics, "slow_mosaics": slow_mosaics, "where": where, "box_column": box_column},
-        **{"image_column": image_column, "batch_size": batch_size, "seed": seed},
+        **{"image_column": image_column, "batch_size": batch_size, "precision": precision, "seed": seed},
         "methods": tuple(methods.replace(" ", "").split(",")),
         "metrics": tuple(metrics.replace(" ", "").split(",")),
         "settings": MethodSettings(rise_masks=rise_masks, batch_size=max(32, batch_size), seed=seed),

@@ -10,7 +10,7 @@ Processes take turns with the batches.
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from .baselines import Cost, MapBank, Method, MethodSettings, expand_names, make_method
-from .disk import whole
+from .evaluation_rows import Key, Store
 from .image_processing import preprocess
 from .masking import apply_mask, min_max, resize_maps
 from .metrics import (
@@ -46,23 +46,15 @@ from .modeling_ttame import TTameModel
 from .passes import PassBar, passes_of
 from .paths import check_path
 from .pictures import decode, image_column, open_stream, parse_where, rows
+from .precision import PRECISIONS, passes_in
 from .records import head_fingerprint
 from .reporting import environment, write_report
-from .saving import fingerprint, lock_settings
+from .saving import lock_settings
 
 METRICS = ("confidence", "adcc", "road", "insertion-deletion", "mosaic")
 SHEET_IMAGES = 6
 SHEET_SIDE = 56
-_FLUSH_SECONDS = 30
 _PART_SECONDS = 15  # of images that are measured, and then kept, together
-# Which column says that a group of measures was taken.
-_MARKERS = {
-    "confidence": "AD soft 100",
-    "adcc": "ADCC",
-    "road": "ROAD MoRF confidence",
-    "insertion-deletion": "insertion black",
-    "mosaic": "grid pointing",
-}
 
 
 @dataclass(frozen=True)
@@ -82,6 +74,7 @@ class Plan:
         slow_mosaics: the same for methods with many passes per map, which also are not asked for ADCC.
         mosaic_confidence: images below are not used in mosaics.
         batch_size: images per batch.
+        precision: of the passes, "float32", "bfloat16" or "float16", see `precision.passes_in`.
         seed: of everything random.
         settings: numbers of the methods.
     """
@@ -101,6 +94,7 @@ class Plan:
     slow_mosaics: int = 0
     mosaic_confidence: float = MOSAIC_CONFIDENCE
     batch_size: int = 16
+    precision: str = "float32"
     seed: int = 0
     settings: MethodSettings = field(default_factory=MethodSettings)
 
@@ -115,6 +109,8 @@ class Plan:
         for name in ("slow_limit", "curve_limit", "mosaics", "slow_mosaics"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         parse_where(self.where)
         check_path(self.dataset, "dataset", "dataset")
 
@@ -289,87 +285,6 @@ def scan(model: TTameModel, images: Images, plan: Plan, bar: Any = None) -> Scan
     )
 
 
-# ---- rows on disk -------------------------------------------------------------------------------------------------
-
-Key = tuple[str, int, str]
-"""(table "image" or "mosaic", index, method)."""
-
-
-class Store:
-    """Rows of all processes and runs in one folder: parts while it runs, one file at the end."""
-
-    def __init__(self, folder: Path, rank: int = 0):
-        self.folder, self.rank = folder, rank
-        self.earlier: dict[Key, dict[str, Any]] = {}
-        for file in sorted([*folder.glob("per_image.parquet"), *folder.glob("part-*.parquet")]):
-            for key, row in read_rows(file).items():
-                self.earlier.setdefault(key, {}).update(row)
-        self.new = Accumulator()
-        self._unwritten: dict[Key, dict[str, Any]] = {}
-        self._written_at = time.monotonic()
-
-    def __enter__(self) -> "Store":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.flush()  # what is measured is kept, whatever ends the block
-
-    def done(self, key: Key, group: str) -> bool:
-        return self.earlier.get(key, {}).get(_MARKERS[group]) is not None
-
-    def add(self, keys: Sequence[Key], values: dict[str, torch.Tensor]) -> None:
-        self.new.add(keys, values)
-        for key in keys:
-            self._unwritten[key] = self.new.rows[key]
-        if time.monotonic() - self._written_at > _FLUSH_SECONDS:
-            self.flush()
-
-    def flush(self) -> None:
-        if self._unwritten:
-            write_rows(self.folder / f"part-{self.rank:04d}-{time.time_ns()}.parquet", self._unwritten)
-        self._unwritten, self._written_at = {}, time.monotonic()
-
-    def finish(self, main: bool) -> dict[Key, dict[str, Any]]:
-        """All rows, earlier and new, of all processes; the main one writes them to per_image.parquet."""
-        self.flush()
-        everything = {key: dict(row) for key, row in self.earlier.items()}
-        for key, row in self.new.gather().rows.items():
-            everything.setdefault(key, {}).update(row)
-        if main:
-            write_rows(self.folder / "per_image.parquet", everything)
-            for part in self.folder.glob("part-*.parquet"):
-                part.unlink()
-        return everything
-
-
-def write_rows(path: Path, rows_: dict[Key, dict[str, Any]]) -> None:
-    """Rows as a parquet file of columns table, index, method and one per measure; never half a file."""
-    import pyarrow
-    import pyarrow.parquet
-
-    keys = sorted(rows_)
-    names = sorted({name for row in rows_.values() for name in row})
-    table = {"table": [k[0] for k in keys], "index": [k[1] for k in keys], "method": [k[2] for k in keys]}
-    table |= {name: [rows_[key].get(name) for key in keys] for name in names}
-    with whole(path) as part:
-        pyarrow.parquet.write_table(pyarrow.table(table), part)
-
-
-def read_rows(path: Path) -> dict[Key, dict[str, Any]]:
-    """What `write_rows` wrote, without empty cells."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        listed = pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it, its images will be measured again") from error
-    return {
-        (row.pop("table"), row.pop("index"), row.pop("method")): {k: v for k, v in row.items() if v is not None}
-        for row in listed
-    }
-
-
 # ---- measuring ----------------------------------------------------------------------------------------------------
 
 
@@ -486,11 +401,7 @@ def compare(
     model.eval().to(memory_format=torch.channels_last)
     names = expand_names(plan.methods, model)
     output.mkdir(parents=True, exist_ok=True)
-    record = {
-        **plan.fixed(),
-        "backbone_fingerprint": model.config.backbone_fingerprint,
-        "head_fingerprint": fingerprint(model.head),
-    }
+    record = {**plan.fixed(), "backbone_fingerprint": model.config.backbone_fingerprint}
     if accelerator:
         accelerator.wait_for_everyone()
     lock_settings(output, record, main)
@@ -499,12 +410,16 @@ def compare(
     hidden = not (main and progress)
     began = time.monotonic()
     own = -(-plan.limit // world) if plan.limit else None  # images of this process
-    with tqdm(desc="scan", total=own, unit="image", disable=hidden) as scan_bar:
+    with (
+        passes_in(model, plan.precision),
+        tqdm(desc="scan", total=own, unit="image", disable=hidden) as scan_bar,
+    ):
         scanned = scan(model, images, plan, scan_bar)
     pace = world * (time.monotonic() - began) / len(scanned.indices)
     bank = scanned.bank()
     methods = [make_method(name, model, plan.settings, bank) for name in names]
-    store = Store(output, rank)
+    head = head_fingerprint(model.head.state_dict())
+    store = Store(output, f"{head[:12]}-{model.config.map_scaling}", rank)
     if accelerator:
         accelerator.wait_for_everyone()
     sheet = sheet_images(scanned, plan)
@@ -535,7 +450,8 @@ def compare(
     by_name = {method.name: method for method in methods}
     total = sum(passes_of(by_name[name], groups) for (_, name), groups in todo.items())
     total += sum(TILES * method.passes for _, method in mosaic_jobs)
-    with store, PassBar(model.backbone, -(-total // world), pace, hidden) as bar:
+    bar = PassBar(model.backbone, -(-total // world), pace, hidden)
+    with store, passes_in(model, plan.precision), bar:
         for slow in (False, True):  # what is quick stands in the table first
             chosen = [method for method in methods if is_slow(method) == slow]
             wanted = {index for index, name in todo if name in {method.name for method in chosen}}
@@ -560,7 +476,7 @@ def compare(
     data = "a local folder" if os.path.exists(data) else data
     facts = {
         "model": name if name and not os.path.exists(name) else model.config.backbone or type(model.backbone).__name__,
-        "head_fingerprint": head_fingerprint(model.head.state_dict()),
+        "head_fingerprint": head,
         "backbone_fingerprint": model.config.backbone_fingerprint,
         "map_scaling": model.config.map_scaling,
         "data": " ".join(text for text in (data, plan.split, plan.where) if text),
@@ -568,7 +484,7 @@ def compare(
         "mosaics": len(groups_of_four),
         "settings": {**record, "dataset": data},
         "limits": {"slow": plan.slow_limit, "curves": plan.curve_limit, "slow mosaics": plan.slow_mosaics},
-        "environment": environment(model.device, plan.batch_size),
+        "environment": environment(model.device, plan.batch_size, plan.precision),
     }
     kept = {key: row for key, row in everything.items() if key[2] in names}
     return write_report(output, kept, methods, facts, sheet_pictures(model, plan, sheet), sanity)

@@ -146,7 +146,7 @@ def costs(rows: Rows, methods: Sequence[str]) -> dict[str, dict[str, float]]:
     return found
 
 
-def environment(device: torch.device, batch_size: int) -> dict[str, Any]:
+def environment(device: torch.device, batch_size: int, precision: str) -> dict[str, Any]:
     """What latency depends on, and the versions."""
     names = ("torch", "timm", "transformers", "grad-cam", "captum", "hf-ttame")
     versions = {"python": platform.python_version()}
@@ -160,6 +160,7 @@ def environment(device: torch.device, batch_size: int) -> dict[str, Any]:
         "device": accelerator,
         "threads": torch.get_num_threads(),
         "batch_size": batch_size,
+        "precision": precision,
         "versions": versions,
     }
 
@@ -267,7 +268,8 @@ def to_markdown(report: dict[str, Any]) -> str:
     where = report["environment"]
     lines += [
         "",
-        f"Passes counted by hooks; time on {where['device']}, up to {where['batch_size']} images at once.",
+        f"Passes counted by hooks; time on {where['device']} in {where['precision']}, up to {where['batch_size']} "
+        "images at once.",
         "",
     ]
     if report["differences"]:

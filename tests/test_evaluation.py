@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,13 +16,15 @@ import torch
 from PIL import Image
 from torch import nn
 
-from hf_ttame import TTameModel
+from hf_ttame import TTameModel, evaluation_rows
 from hf_ttame import evaluation as module
-from hf_ttame.baselines import MethodSettings
-from hf_ttame.evaluation import Images, Plan, Scan, Store, compare, read_rows, write_rows
+from hf_ttame.baselines import FROM_THE_HEAD, MethodSettings, expand_names, make_method
+from hf_ttame.evaluation import Images, Plan, Scan, compare
+from hf_ttame.evaluation_rows import Store, read_rows, write_rows
 from hf_ttame.metrics import mean_interval
 from hf_ttame.passes import PassBar
 from hf_ttame.pictures import parse_where
+from hf_ttame.precision import passes_in
 from hf_ttame.reporting import FAITHFULNESS, Measure, columns_of, markdown_table, summarise, verdict
 
 ROOT = Path(__file__).parents[1]
@@ -59,7 +62,9 @@ def finished(pictures: Path, model: TTameModel, tmp_path_factory: pytest.TempPat
 
 def rows_without_time(folder: Path) -> dict:
     rows = read_rows(folder / "per_image.parquet")
-    return {key: {k: v for k, v in row.items() if k not in ("seconds", "sheet map")} for key, row in rows.items()}
+    return {
+        key: {k: v for k, v in row.items() if k not in ("seconds", "sheet map", "head")} for key, row in rows.items()
+    }
 
 
 def same_rows(a: dict, b: dict) -> bool:
@@ -136,7 +141,7 @@ def test_a_killed_run_continues_and_measures_nothing_twice(
         measured.append((method.name, tuple(batch.indices.tolist())))
         return real(model, method, batch, *rest)
 
-    monkeypatch.setattr(module, "_FLUSH_SECONDS", -1)  # every result is written at once
+    monkeypatch.setattr(evaluation_rows, "_FLUSH_SECONDS", -1)  # every result is written at once
     monkeypatch.setattr(module, "write_report", lambda *_: {"methods": {}})  # drawn by other tests
     monkeypatch.setattr(module, "measure_batch", until_the_kill)
     with pytest.raises(KeyboardInterrupt):
@@ -198,7 +203,8 @@ def test_every_map_is_foretold_shown_and_kept(
     with pytest.raises(KeyboardInterrupt):
         compare(model, wanted, tmp_path)
     assert parts == [1, 1, 1]
-    assert len(Store(tmp_path).earlier) == 3, "kept, though no half minute has passed"
+    kept = [key for part in tmp_path.glob("part-*.parquet") for key in read_rows(part)]
+    assert len(kept) == 3, "kept, though no half minute has passed"
     monkeypatch.setattr(module, "measure_batch", real)
     compare(model, wanted, tmp_path)
     shown = capsys.readouterr().err
@@ -214,13 +220,13 @@ def test_mosaics_follow_the_limit(pictures: Path) -> None:
         assert plan(pictures, limit=limit, mosaics=mosaics).most_mosaics == most
 
 
-def test_results_of_another_run_are_not_mixed(
-    pictures: Path, model: TTameModel, finished: tuple[Path, dict], photo: Callable[..., Image.Image]
-) -> None:
+def test_results_of_another_run_are_not_mixed(pictures: Path, model: TTameModel, finished: tuple[Path, dict]) -> None:
     with pytest.raises(ValueError, match=r"seed \(0 there, 1 here\)"):
         compare(model, plan(pictures, seed=1), finished[0], progress=False)
-    other = TTameModel.from_backbone(model.backbone, head_init="random")
-    with pytest.raises(ValueError, match="head_fingerprint"):
+    backbone = copy.deepcopy(model.backbone)
+    torch.nn.init.ones_(next(backbone.parameters()))
+    other = TTameModel.from_backbone(backbone)
+    with pytest.raises(ValueError, match="backbone_fingerprint"):
         compare(other, plan(pictures), finished[0], progress=False)
 
 
@@ -327,10 +333,72 @@ def test_plans_are_checked(changes: dict, message: str, pictures: Path) -> None:
 def test_rows_survive_writing_and_damage_is_named(tmp_path: Path) -> None:
     rows = {("image", 3, "b"): {"x": 1.5, "curve": [1.0, 2.0]}, ("mosaic", 0, "a"): {"y": 2.0}}
     write_rows(tmp_path / "part-0000-1.parquet", rows)
-    assert Store(tmp_path).earlier == rows
+    assert Store(tmp_path, "head").earlier == rows
     (tmp_path / "part-0000-2.parquet").write_bytes(b"half a file")
     with pytest.raises(ValueError, match=r"part-0000-2\.parquet is damaged"):
-        Store(tmp_path)
+        Store(tmp_path, "head")
+
+
+def test_a_new_head_measures_only_its_own_rows_and_the_old_ones_are_kept(
+    pictures: Path, model: TTameModel, finished: tuple[Path, dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(finished[0], output)
+    real, measured = module.measure_batch, []
+
+    def noted(model, method, *rest):
+        measured.append(method.name)
+        return real(model, method, *rest)
+
+    monkeypatch.setattr(module, "measure_batch", noted)
+    other = copy.deepcopy(model)
+    torch.nn.init.normal_(other.head.fuser.weight, generator=torch.Generator().manual_seed(5))
+    report = compare(other, plan(pictures), output, progress=False)
+    assert set(measured) == {name for name in METHODS if name in FROM_THE_HEAD} | {"ttame"}
+    before, after = finished[1]["methods"], report["methods"]
+    assert after["gradcam"] == before["gradcam"]
+    assert after["ttame"]["measures"] != before["ttame"]["measures"]
+    assert len(list(output.glob("per_image-*.parquet"))) == 1
+    measured.clear()
+    assert compare(model, plan(pictures), output, progress=False)["methods"] == before  # the old head again
+    assert not measured
+    # A map that is scaled in another way is another map.
+    other = copy.deepcopy(model)
+    other.config.map_scaling = "logits"
+    compare(other, plan(pictures), output, progress=False)
+    assert "ttame" in measured
+
+
+def test_passes_in_lower_precision_leave_everything_else_in_float32(
+    pictures: Path, model: TTameModel, finished: tuple[Path, dict], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="precision must be one of float32, bfloat16"):
+        plan(pictures, precision="int8")
+    report = compare(model, plan(pictures, precision="bfloat16"), tmp_path / "lower", progress=False)
+    assert report["environment"]["precision"] == "bfloat16"
+    assert "in bfloat16" in (tmp_path / "lower" / "report.md").read_text()
+    lower, exact = read_rows(tmp_path / "lower" / "per_image.parquet"), read_rows(finished[0] / "per_image.parquet")
+    assert lower.keys() == exact.keys()
+    p = np.array([[rows["image", index, "gradcam"]["p"] for index in range(6)] for rows in (lower, exact)])
+    assert 0 < np.abs(p[0] - p[1]).max() < 0.05  # another precision, the same classifier
+    with pytest.raises(ValueError, match="different: precision"):
+        compare(model, plan(pictures), tmp_path / "lower", progress=False)
+
+
+@pytest.mark.parametrize("backbone", ["timm_cnn", "timm_vit"])
+def test_every_quick_method_runs_in_lower_precision(backbone: str, request: pytest.FixtureRequest) -> None:
+    model = TTameModel.from_backbone(copy.deepcopy(request.getfixturevalue(backbone))).eval()
+    x = torch.randn(2, 3, *model.config.image_size, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([0, 1])
+    before = model(x, ids).map_logits
+    for name in expand_names(["all"], model):
+        if name in ("rise", "class-mean", "other-image", "random-blob"):
+            continue  # thousands of passes; maps of other images
+        with passes_in(model, "bfloat16"):
+            maps = make_method(name, model).explain(x, ids)
+        assert maps.dtype == torch.float32, name
+        assert torch.isfinite(maps).all(), name
+    assert torch.equal(model(x, ids).map_logits, before)
 
 
 def test_verdicts_and_bold_figures() -> None:

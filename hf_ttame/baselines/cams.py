@@ -40,7 +40,7 @@ class TappedClassifier(nn.Module):
     def _through_tap(self, _module: nn.Module, _args: Any, output: Any) -> Any:
         if isinstance(output, (tuple, list)):
             return type(output)([self._through_tap(_module, _args, output[0]), *output[1:]])
-        tapped = self.tap(output)
+        tapped = self.tap(output.float()).to(output.dtype)  # the package reads its activations as NumPy arrays
         return tapped.clone() if self.layer.clone else tapped
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,8 @@ _KINDS = {
     **dict.fromkeys(TRIVIAL, "trivial"),
 }
 ALL = tuple(_KINDS)
+FROM_THE_HEAD = ("ttame", "random-blob", "class-mean", "other-image")
+"""Methods whose maps another head would change; all others show the classifier alone."""
 _FOR_TOKENS = ("rollout", "gradient-attention")
 
 

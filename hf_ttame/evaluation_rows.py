@@ -1,0 +1,123 @@
+"""What an evaluation has measured, as rows under (table, index, method), on disk while it runs.
+
+    FOLDER/part-*.parquet             written every half minute, gone at the end
+    FOLDER/per_image.parquet          all rows
+    FOLDER/per_image-HEAD.parquet     rows of other heads that were measured in this folder before
+
+Rows of methods that show the classifier alone hold for any head: who trains a new one measures only its own rows.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .baselines import FROM_THE_HEAD
+from .disk import whole
+from .metrics import Accumulator
+
+Key = tuple[str, int, str]
+"""(table "image" or "mosaic", index, method)."""
+
+_FLUSH_SECONDS = 30
+_ALL_ROWS = "per_image.parquet"
+# Which column says that a group of measures was taken.
+_MARKERS = {
+    "confidence": "AD soft 100",
+    "adcc": "ADCC",
+    "road": "ROAD MoRF confidence",
+    "insertion-deletion": "insertion black",
+    "mosaic": "grid pointing",
+}
+
+
+class Store:
+    """Rows of all processes and runs in one folder.
+
+    Args:
+        folder: of the run.
+        head: fingerprint of the explainer's head; its rows carry it, those of other heads are kept and not used.
+        rank: of this process.
+    """
+
+    def __init__(self, folder: Path, head: str, rank: int = 0):
+        self.folder, self.head, self.rank = folder, head, rank
+        self.earlier: dict[Key, dict[str, Any]] = {}
+        self._others: dict[str, dict[Key, dict[str, Any]]] = {}
+        for file in sorted([*folder.glob("per_image*.parquet"), *folder.glob("part-*.parquet")]):
+            for key, row in read_rows(file).items():
+                other = row.get("head", head)
+                rows = self.earlier if other == head else self._others.setdefault(other, {})
+                rows.setdefault(key, {}).update(row)
+        self.new = Accumulator()
+        self._unwritten: dict[Key, dict[str, Any]] = {}
+        self._written_at = time.monotonic()
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.flush()  # what is measured is kept, whatever ends the block
+
+    def done(self, key: Key, group: str) -> bool:
+        return self.earlier.get(key, {}).get(_MARKERS[group]) is not None
+
+    def add(self, keys: Sequence[Key], values: dict[str, torch.Tensor]) -> None:
+        self.new.add(keys, values)
+        for key in keys:
+            if key[2] in FROM_THE_HEAD:
+                self.new.rows[key]["head"] = self.head
+            self._unwritten[key] = self.new.rows[key]
+        if time.monotonic() - self._written_at > _FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._unwritten:
+            write_rows(self.folder / f"part-{self.rank:04d}-{time.time_ns()}.parquet", self._unwritten)
+        self._unwritten, self._written_at = {}, time.monotonic()
+
+    def finish(self, main: bool) -> dict[Key, dict[str, Any]]:
+        """All rows of this head, earlier and new, of all processes; the main one writes them to per_image.parquet."""
+        self.flush()
+        everything = {key: dict(row) for key, row in self.earlier.items()}
+        for key, row in self.new.gather().rows.items():
+            everything.setdefault(key, {}).update(row)
+        if main:
+            written = {self.folder / f"per_image-{head}.parquet": rows for head, rows in self._others.items()}
+            written[self.folder / _ALL_ROWS] = everything
+            for path, rows in written.items():
+                write_rows(path, rows)
+            for file in [*self.folder.glob("per_image*.parquet"), *self.folder.glob("part-*.parquet")]:
+                if file not in written:
+                    file.unlink()
+        return everything
+
+
+def write_rows(path: Path, rows: dict[Key, dict[str, Any]]) -> None:
+    """Rows as a parquet file of columns table, index, method and one per measure; never half a file."""
+    import pyarrow
+    import pyarrow.parquet
+
+    keys = sorted(rows)
+    names = sorted({name for row in rows.values() for name in row})
+    table = {"table": [k[0] for k in keys], "index": [k[1] for k in keys], "method": [k[2] for k in keys]}
+    table |= {name: [rows[key].get(name) for key in keys] for name in names}
+    with whole(path) as part:
+        pyarrow.parquet.write_table(pyarrow.table(table), part)
+
+
+def read_rows(path: Path) -> dict[Key, dict[str, Any]]:
+    """What `write_rows` wrote, without empty cells."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        listed = pyarrow.parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it, its images will be measured again") from error
+    return {
+        (row.pop("table"), row.pop("index"), row.pop("method")): {k: v for k, v in row.items() if v is not None}
+        for row in listed
+    }
