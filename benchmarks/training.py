@@ -6,8 +6,8 @@
 Three variants on the same batch of noise; random weights, 1000 classes, model and input in channels_last:
 
 - plain: logits of the frozen backbone, no gradient, nothing else.
-- step: the training script's own step: a pass without gradient, the head for the classes of the batch, the masked
-  pass, its backward to the mask, AdamW.
+- step: the training script's own step, with the frozen batch norms folded into the convolutions: a pass without
+  gradient, the head for the classes of the batch, the masked pass, its backward to the mask, AdamW.
 - published: the same with the head as the paper writes it: every layer resized to the map grid, all layers
   concatenated, one convolution to the maps of all classes, of which those of the batch enter the loss.
 
@@ -24,6 +24,7 @@ Prints a line per model to stderr and ends in one JSON line on stdout.
 """
 
 import argparse
+import copy
 import itertools
 import json
 import os
@@ -50,6 +51,7 @@ from hf_ttame.masking import apply_mask, resize_maps
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `training` is the package, not this file
 from hf_ttame.pictures import decode, image_column, open_stream, undecoded
 from training.data import augment
+from training.folding import fold_batch_norms
 from training.stream import TrainingStream, collate, make_loader
 from training.train import keep_freed_memory, masking_losses
 
@@ -63,8 +65,12 @@ class Contestant:
 
     def __init__(self, name: str, batch: int, device: str, dtype: str):
         torch.manual_seed(0)
-        self.model = TTameModel.from_backbone(name, pretrained=False)
-        self.model.to(device).to(memory_format=torch.channels_last).train()
+        self.model = TTameModel.from_backbone(name, pretrained=False)  # as it came: plain and published
+        self.trained = TTameModel.from_backbone(copy.deepcopy(self.model.backbone), head_init="random")
+        self.trained.head = self.model.head
+        fold_batch_norms(self.trained)  # as the training script has it
+        for model in (self.model, self.trained):
+            model.to(device).to(memory_format=torch.channels_last).train()
         x = torch.randn(batch, len(self.model.config.pixel_scale), *self.model.config.image_size)
         self.x = x.to(device, memory_format=torch.channels_last)
         self.fill = self.model.fill()
@@ -77,7 +83,7 @@ class Contestant:
             self.model.classify(self.x)
 
     def step(self) -> torch.Tensor:
-        losses = masking_losses(self.model, self.model.head, self.x, fill=self.fill, autocast=self.autocast)
+        losses = masking_losses(self.trained, self.model.head, self.x, fill=self.fill, autocast=self.autocast)
         return self._update(losses.terms.total)
 
     def published(self) -> torch.Tensor:

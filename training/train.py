@@ -57,6 +57,7 @@ if not __package__:  # launched as a script, in a checkout or as hf_ttame/traini
 from .arguments import Arguments, check
 from .checkpoints import check_same, checkpoints, first_problem, load_checkpoint, save_checkpoint
 from .data import normaliser
+from .folding import fold_batch_norms
 from .report import (
     Log,
     add_samples,
@@ -274,6 +275,8 @@ def main(argv: list[str] | None = None) -> int:
             f"training reads colour pictures, and grey ones for one channel; this backbone takes "
             f"{len(model.config.pixel_scale)} channels: train its head in a loop of your own, see docs/training.md"
         )
+    whole = model.backbone  # as it came, and is saved
+    fold_batch_norms(model)
     layout = torch.channels_last if arguments.channels_last else torch.contiguous_format
     model.to(accelerator.device).to(memory_format=layout).train()
     if arguments.sync_batch_norm:
@@ -513,6 +516,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # The results, under their names only when they are complete.
     model.head = finished(average.head if average else plain_head, accelerator)
+    model.backbone = whole
     problem = None
     if leads:
         try:
