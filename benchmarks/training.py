@@ -66,7 +66,7 @@ class Contestant:
     def __init__(self, name: str, batch: int, device: str, dtype: str):
         torch.manual_seed(0)
         self.model = TTameModel.from_backbone(name, pretrained=False)  # as it came: plain and published
-        self.trained = TTameModel.from_backbone(copy.deepcopy(self.model.backbone), head_init="random")
+        self.trained = TTameModel.from_backbone(copy.deepcopy(self.model.backbone))
         self.trained.head = self.model.head
         fold_batch_norms(self.trained)  # as the training script has it
         for model in (self.model, self.trained):

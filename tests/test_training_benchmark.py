@@ -8,8 +8,9 @@ import torch
 from benchmarks.training import Contestant, make_pictures, measure_data, measure_step
 
 
-def test_both_forms_train_alike() -> None:
-    ours, published = (Contestant("test_resnet", 4, "cpu", "float32") for _ in range(2))
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet"])
+def test_both_forms_train_alike(name: str) -> None:
+    ours, published = (Contestant(name, 4, "cpu", "float32") for _ in range(2))
     for _ in range(3):
         torch.testing.assert_close(ours.step(), published.published(), rtol=1e-4, atol=1e-4)
 
