@@ -77,9 +77,9 @@ def test_figures_are_held_against_the_thresholds() -> None:
         return check.passed
 
     many = np.full(50, 1.0)
-    assert passed(sanity.check_randomised({"25 %": many, "100 %": 0.29 * many}))
-    assert not passed(sanity.check_randomised({"25 %": 0 * many, "100 %": 0.31 * many}))
-    assert not passed(sanity.check_randomised({"100 %": -0.31 * many}))  # an inverted map is no other map
+    assert passed(sanity.check_randomised({"25 %": many, "100 %": 0.29 * many}, many))
+    assert not passed(sanity.check_randomised({"25 %": 0 * many, "100 %": 0.31 * many}, 0 * many))
+    assert "with another image's true map 0.50" in sanity.check_randomised({"100 %": many}, many / 2).value
     assert passed(sanity.check_no_prior(np.array([20.0, 30.0] * 10)))
     assert not passed(sanity.check_no_prior(np.array([40.0, 42.0] * 10)))
     assert passed(sanity.check_class_on_mosaics(np.array([40.0, 42.0] * 10)))
@@ -131,7 +131,8 @@ def test_cascade_measures_every_share_and_leaves_the_model_alone(
 ) -> None:
     before = checks.explain(model, images, targets)
     found = checks.cascading_randomisation(model, images, targets)
-    assert list(found.figures) == ["25 % of layers", "50 % of layers", "75 % of layers", "100 % of layers"]
+    shares = ["25 % of layers", "50 % of layers", "75 % of layers", "100 % of layers"]
+    assert list(found.figures) == [*shares, "all layers, another image's true map"]
     assert all(-1 <= figures["mean"] < 0.99 for figures in found.figures.values())
     assert torch.equal(checks.explain(model, images, targets), before)
 
@@ -144,6 +145,7 @@ def test_a_map_that_ignores_the_backbone_fails_the_cascade(
     found = checks.cascading_randomisation(model, images, targets)
     assert not found.passed
     assert found.figures["100 % of layers"]["mean"] == pytest.approx(1.0)
+    assert found.figures["all layers, another image's true map"]["mean"] < 0.99
 
 
 def test_a_head_is_trained_on_the_random_backbone(model: TTameModel, images: torch.Tensor) -> None:
