@@ -346,6 +346,9 @@ _BACKBONE = typer.Option(
 )
 _WHERE = typer.Option(help="Only some rows: 'column%N==R'.")
 _PRECISION = typer.Option(help="Of the passes: float32, or bfloat16 or float16 where the machine is faster in it.")
+_JUDGE = typer.Option(help="Sanity: another classifier, folder or Hub id.")
+_SANITY_IMAGES = typer.Option(help="Sanity: images to check on.")
+_SANITY_STEPS = typer.Option(help="Sanity: steps of the head that is retrained.")
 _BOXES = typer.Option(help="Column of a box [left, top, right, bottom] in pixels of the picture.")
 
 
@@ -369,25 +372,21 @@ def evaluate(
     box_column: Annotated[str | None, _BOXES] = None,
     image_column: Annotated[str | None, typer.Option(help="Column of the pictures; found if not given.")] = None,
     backbone: Annotated[str | None, _BACKBONE] = None,
-    judge: Annotated[str | None, typer.Option(help="Sanity: another classifier, folder or Hub id.")] = None,
-    sanity_images: Annotated[int, typer.Option(help="Sanity: images to check on.")] = 64,
-    sanity_steps: Annotated[int, typer.Option(help="Sanity: steps of the heads that are trained.")] = 100,
+    judge: Annotated[str | None, _JUDGE] = None,
+    sanity_images: Annotated[int, _SANITY_IMAGES] = 64,
+    sanity_steps: Annotated[int, _SANITY_STEPS] = 100,
     batch_size: Annotated[int, typer.Option(help="Images per batch.")] = 16,
     precision: Annotated[str, _PRECISION] = "float32",
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
 ) -> None:
     """Measure one explainer: faithfulness, localisation, sanity. Writes a report with intervals and plots."""
-    groups = [name.strip() for name in metrics.split(",") if name.strip()]
-    if groups == ["all"]:
-        groups = ["confidence", "adcc", "road", "insertion-deletion", "mosaic", "sanity"]
-    checks = {"images": sanity_images, "steps": sanity_steps, "judge": judge} if "sanity" in groups else None
     plan = {
         **{"dataset": dataset, "split": split, "limit": limit, "curve_limit": curve_limit, "mosaics": mosaics},
         **{"where": where, "box_column": box_column, "image_column": image_column},
         **{"batch_size": batch_size, "precision": precision, "seed": seed, "methods": ("ttame",)},
-        "metrics": tuple(name for name in groups if name != "sanity") or ("confidence",),
     }
-    _measure(model, backbone, plan, output, checks)
+    checks = {"images": sanity_images, "steps": sanity_steps, "judge": judge}
+    _measure(model, backbone, metrics, plan, output, checks)
 
 
 @app.command()
@@ -401,7 +400,7 @@ def compare(
         typer.Option(help="Comma-separated: all, trivial, gradcam, gradcam@LAYER, scorecam, rise, rollout, ..."),
     ] = "all",
     metrics: Annotated[
-        str, typer.Option(help="Comma-separated: confidence, adcc, road, insertion-deletion, mosaic.")
+        str, typer.Option(help="Comma-separated: confidence, adcc, road, insertion-deletion, mosaic, sanity; or all.")
     ] = "confidence,adcc,road,insertion-deletion,mosaic",
     output: Annotated[Path, _OUTPUT] = Path("comparison"),
     split: Annotated[str, typer.Option(help="Split of the dataset.")] = "validation",
@@ -417,6 +416,9 @@ def compare(
     box_column: Annotated[str | None, _BOXES] = None,
     image_column: Annotated[str | None, typer.Option(help="Column of the pictures; found if not given.")] = None,
     backbone: Annotated[str | None, _BACKBONE] = None,
+    judge: Annotated[str | None, _JUDGE] = None,
+    sanity_images: Annotated[int, _SANITY_IMAGES] = 64,
+    sanity_steps: Annotated[int, _SANITY_STEPS] = 100,
     batch_size: Annotated[int, typer.Option(help="Images per batch, and masked copies per pass.")] = 16,
     precision: Annotated[str, _PRECISION] = "float32",
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
@@ -430,10 +432,10 @@ def compare(
         **{"mosaics": mosaics, "slow_mosaics": slow_mosaics, "where": where, "box_column": box_column},
         **{"image_column": image_column, "batch_size": batch_size, "precision": precision, "seed": seed},
         "methods": tuple(methods.replace(" ", "").split(",")),
-        "metrics": tuple(metrics.replace(" ", "").split(",")),
         "settings": MethodSettings(rise_masks=rise_masks, batch_size=max(32, batch_size), seed=seed),
     }
-    _measure(model, backbone, plan, output, None)
+    checks = {"images": sanity_images, "steps": sanity_steps, "judge": judge}
+    _measure(model, backbone, metrics, plan, output, checks)
 
 
 @app.command()
@@ -507,27 +509,33 @@ def explain_dataset(
 
 
 def _measure(
-    model: str, backbone: str | None, plan: dict[str, Any], output: Path, checks: dict[str, Any] | None
+    model: str, backbone: str | None, metrics: str, plan: dict[str, Any], output: Path, checks: dict[str, Any]
 ) -> None:
-    """Run an evaluation; with `checks`, the sanity checks too."""
+    """Run an evaluation; with "sanity" among the metrics, the sanity checks too."""
     _quiet()
     for module in ("accelerate", "datasets", "matplotlib"):
         _require(module, "eval")
     from accelerate import Accelerator
 
-    from .evaluation import Plan, compare
+    from .evaluation import METRICS, Plan, compare
     from .paths import check_path
 
-    made = Plan(**plan)
-    if checks and checks["judge"]:
+    groups = list(dict.fromkeys(metrics.replace(" ", "").strip(",").split(",")))
+    if groups == ["all"]:
+        groups = [*METRICS, "sanity"]
+    measured = tuple(name for name in groups if name != "sanity") or ("confidence",)
+    made = Plan(**plan, metrics=measured)
+    if checks["judge"]:
         check_path(checks["judge"], "judge")
     accelerator = Accelerator()
     explainer = _load(model, backbone)
     sanity = None
-    if checks is not None:
+    if "sanity" in groups:
         from .sanity_checks import run_checks
 
-        sanity = run_checks(explainer.to(accelerator.device), made, say=accelerator.print, **checks)
+        output.mkdir(parents=True, exist_ok=True)
+        kept = output if accelerator.is_main_process else None
+        sanity = run_checks(explainer.to(accelerator.device), made, say=accelerator.print, folder=kept, **checks)
     try:
         report = compare(explainer, made, output, accelerator=accelerator, sanity=sanity)
     except KeyboardInterrupt:

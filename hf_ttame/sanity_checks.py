@@ -4,8 +4,10 @@ Each check is a function that returns a `Check`; `run_checks` runs them all on t
 """
 
 import copy
+import json
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,6 +41,8 @@ from .metrics.sanity import (
     rank_correlation,
 )
 from .modeling_ttame import TTameModel
+from .records import head_fingerprint
+from .saving import write_whole
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
 DRAWS = 2  # random backbones per share
@@ -426,6 +430,7 @@ def run_checks(
     steps: int = 100,
     judge: str | None = None,
     say: Callable[[str], None] = print,
+    folder: Path | None = None,
 ) -> dict[str, dict[str, Any]]:
     """All checks on the first `images` of the plan's dataset.
 
@@ -436,6 +441,7 @@ def run_checks(
         steps: of training in (b); (d) takes 150 of its much smaller ones.
         judge: another classifier for (f), a folder or Hub id; without one (f) is left out.
         say: receives a line per check.
+        folder: keeps each check in sanity.json there; those of the same head, images and numbers are not run again.
 
     Returns:
         {check: Check as a dictionary}; checks that the images do not allow are left out, and `say` tells why.
@@ -443,6 +449,19 @@ def run_checks(
     from dataclasses import replace
 
     plan = replace(plan, limit=images, mosaics=max(plan.most_mosaics, images // TILES))
+    settings = {
+        **plan.fixed(),
+        "images": images,
+        "steps": steps,
+        "judge": Path(judge).name if judge else None,
+        "backbone": model.config.backbone_fingerprint,
+        "head": head_fingerprint(model.head.state_dict()),
+        "map_scaling": model.config.map_scaling,
+    }
+    found: dict[str, dict[str, Any]] = {}
+    kept = folder / "sanity.json" if folder else None
+    if kept and kept.exists() and (earlier := json.loads(kept.read_text()))["settings"] == settings:
+        found = earlier["checks"]
     source = Images(plan, model)
     scanned = scan(model.eval(), source, plan)
     batches = list(source.batches(images))
@@ -462,9 +481,10 @@ def run_checks(
         ("f: independent judge", lambda: independent_judge(model, x, targets, load_backbone(judge or ""))),
         ("g: stability", lambda: stability(model, x, targets, plan.seed)),
     ]
-    found = {}
     for name, check in checks:
-        if len(groups) < 2 and name.startswith(("b", "c: class")):
+        if name in found:
+            say(f"{name}: kept from an earlier run")
+        elif len(groups) < 2 and name.startswith(("b", "c: class")):
             say(f"{name}: left out, {len(groups)} mosaics of four confident classes; give more --sanity-images")
         elif judge is None and name.startswith("f"):
             say(f"{name}: left out, no --judge given")
@@ -472,6 +492,8 @@ def run_checks(
             done = check()
             found[name] = done.to_dict()
             say(f"{name}: {done.value}; {done.must}: {'passed' if done.passed else 'FAILED'}")
+            if kept:
+                write_whole(kept, json.dumps({"settings": settings, "checks": found}, indent=2) + "\n")
     return found
 
 

@@ -1,8 +1,10 @@
 """Sanity: rank correlation by hand, thresholds, and each check on tiny backbones."""
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import numpy as np
 import pytest
@@ -228,3 +230,37 @@ def test_all_checks_on_a_dataset(
     assert set(found) >= {"a: random layers, same head", "c: second class", "d: planted watermark", "g: stability"}
     assert all({"value", "must", "passed", "figures"} == entry.keys() for entry in found.values())
     assert any("no --judge given" in line for line in said)
+
+
+def test_checks_that_were_made_are_kept(
+    vit_folder: Path,
+    photo: Callable[..., Image.Image],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ttame: Callable[..., CompletedProcess[str]],
+) -> None:
+    pictures, explainer, output = tmp_path / "pictures", tmp_path / "explainer", tmp_path / "out"
+    pictures.mkdir()
+    for number in range(4):
+        photo(seed=number).save(pictures / f"{number}.png")
+    TTameModel.from_backbone(vit_folder).save_pretrained(explainer)
+    planted = [lambda **_: sanity.check_watermark(np.array([90.0]))]  # has its own test
+    monkeypatch.setattr(checks, "watermark", lambda **_: planted[0]())
+    real = checks.stability
+    monkeypatch.setattr(checks, "stability", lambda *_: (_ for _ in ()).throw(ValueError("killed here")))
+    command = ["compare", explainer, "--dataset", pictures, "--methods", "ones", "--metrics", "confidence,sanity"]
+    command += ["--sanity-images", 4, "--sanity-steps", 2, "--output", output]
+    assert ttame(*command).returncode == 1
+    first = json.loads((output / "sanity.json").read_text())["checks"]
+    assert "d: planted watermark" in first
+    monkeypatch.setattr(checks, "stability", real)
+    planted[0] = lambda **_: sanity.check_watermark(np.array([10.0]))
+    done = ttame(*command)
+    assert done.returncode == 0, done.stderr
+    assert "d: planted watermark: kept from an earlier run" in done.stdout
+    report = json.loads((output / "report.json").read_text())
+    assert report["sanity"]["d: planted watermark"] == first["d: planted watermark"]
+    assert report["sanity"].keys() - first.keys() == {"g: stability"}
+    assert "## Sanity" in (output / "report.md").read_text()
+    ttame(*command, "--sanity-steps", 3)  # another experiment
+    assert json.loads((output / "sanity.json").read_text())["checks"]["d: planted watermark"]["value"].startswith("10")
