@@ -18,8 +18,8 @@ def fold_batch_norms(model: TTameModel) -> int:
     """Give the explainer a backbone without those batch norms that directly follow a convolution, where that is exact.
 
     A frozen batch norm is a fixed scale and shift per channel. Folded, neither it nor its backward pass is computed:
-    on a CPU a training step takes 10 (ResNet-50) to 25 percent (EfficientNet-Lite0) less. The folded copy must give
-    the same logits and features on noise; else nothing is changed.
+    on a CPU a training step takes 7 (ResNet-50) to 17 percent (EfficientNet-Lite0) less. The folded copy must give the
+    same logits and features on noise; else nothing is changed.
 
     Args:
         model: the explainer, on the CPU, backbone in eval mode. Its fingerprint stays that of the backbone as it came.
@@ -27,6 +27,8 @@ def fold_batch_norms(model: TTameModel) -> int:
     Returns:
         How many were folded.
     """
+    if not any(_foldable(module) for module in model.backbone.modules()):
+        return 0
     shape = (2, len(model.config.pixel_scale), *model.config.image_size)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     original, folded = model.backbone, copy.deepcopy(model.backbone)
