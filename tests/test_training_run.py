@@ -269,6 +269,25 @@ def test_an_interrupted_run_saves_first(server: Any, backbone: str, parquet: Pat
     assert_same(tmp_path / "whole", tmp_path / "stopped")
 
 
+def test_one_training_at_a_time_writes_into_a_folder(
+    server: Any, backbone: str, parquet: Path, tmp_path: Path
+) -> None:
+    argv = arguments(backbone, parquet, tmp_path / "run", "--steps", "5000", "--workers", "1")
+    first = Run(server, argv)
+    first.wait_for_step(2)
+    assert "another training writes into" in Run(server, [*argv, "--resume"]).wait(1)
+    first.send(signal.SIGKILL)
+    first.wait(-signal.SIGKILL)
+    again = Run(server, [*argv, "--resume"])  # at once: the dead run's workers hold nothing
+    deadline = time.monotonic() + 60
+    while "step 2/5000" not in again.text.read_text():
+        assert time.monotonic() < deadline
+        assert again.processes[0].is_alive(), again.text.read_text()
+        time.sleep(0.05)
+    again.send(signal.SIGINT)
+    again.wait(130)
+
+
 def test_two_interrupted_processes_stop_together(server: Any, backbone: str, parquet: Path, tmp_path: Path) -> None:
     run = Run(server, arguments(backbone, parquet, tmp_path / "two", "--steps", "400", "--workers", "0"), 2)
     run.wait_for_step(3)

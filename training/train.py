@@ -209,6 +209,30 @@ def keep_freed_memory() -> None:
         pass
 
 
+def hold_alone(output: Path) -> None:
+    """Lock the folder for this process until it ends, however it ends.
+
+    A record lock: the workers that are forked later do not hold it, so a killed run can be resumed at once. Windows
+    has none.
+
+    Raises:
+        ValueError: another training writes there, such as one of which only the launcher was killed.
+    """
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        return
+    descriptor = os.open(output / ".lock", os.O_RDWR | os.O_CREAT)  # stays open
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ValueError(
+            f"another training writes into {str(output)!r}; wait for it, stop it, or choose another --output"
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+
+
 class StopRequest:
     """Remembers Ctrl-C and SIGTERM until a step is complete; a second Ctrl-C acts at once."""
 
@@ -242,6 +266,8 @@ def main(argv: list[str] | None = None) -> int:
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     leads, ranks = accelerator.is_main_process, accelerator.num_processes
+    if leads:
+        hold_alone(output)
     if arguments.sync_batch_norm and accelerator.device.type != "cuda":
         raise ValueError("--sync_batch_norm exists on GPUs only; drop it, running statistics are averaged when saving")
     if arguments.report_to != "none" and importlib.util.find_spec(arguments.report_to) is None:
