@@ -278,9 +278,10 @@ def test_one_training_at_a_time_writes_into_a_folder(
     assert "another training writes into" in Run(server, [*argv, "--resume"]).wait(1)
     first.send(signal.SIGKILL)
     first.wait(-signal.SIGKILL)
+    (tmp_path / "run.txt").unlink()  # what the others said
     again = Run(server, [*argv, "--resume"])  # at once: the dead run's workers hold nothing
     deadline = time.monotonic() + 60
-    while "step 2/5000" not in again.text.read_text():
+    while not again.text.exists() or "step 2/5000" not in again.text.read_text():
         assert time.monotonic() < deadline
         assert again.processes[0].is_alive(), again.text.read_text()
         time.sleep(0.05)
