@@ -29,14 +29,15 @@ def explainer(channels: int = 3) -> TTameModel:
     return TTameModel.from_backbone(backbone, head_init="random").eval()
 
 
-@pytest.fixture
-def cells(photo: Callable[..., Image.Image], tmp_path: Path) -> list[Any]:
+@pytest.fixture(scope="module")
+def cells(photo: Callable[..., Image.Image], tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """Eleven photographs far larger than the model's input, and two cells that cannot be read."""
+    folder = tmp_path_factory.mktemp("photographs")
     paths = []
     for seed in range(PICTURES):
-        paths.append(str(tmp_path / f"{seed:02d}.png"))
-        photo(900, 700, seed).save(paths[-1])
-    return [*paths[:3], {"bytes": b"damaged", "path": "bad.jpg"}, *paths[3:], str(tmp_path / "absent.png")]
+        paths.append(str(folder / f"{seed:02d}.jpg"))
+        photo(600, 400, seed).save(paths[-1])
+    return [*paths[:3], {"bytes": b"damaged", "path": "bad.jpg"}, *paths[3:], str(folder / "absent.png")]
 
 
 @pytest.mark.parametrize("channels", [1, 3])
