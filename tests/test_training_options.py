@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 import test_training_run as runs
 import torch
@@ -19,9 +20,13 @@ from hf_ttame.backbones import wrap_backbone
 server, backbone, folder, parquet = runs.server, runs.backbone, runs.folder, runs.parquet  # fixtures
 
 
-def train(server: Any, output: Path, argv: list[str]) -> tuple[str, list[dict[str, Any]], dict[str, torch.Tensor]]:
-    """What the run printed, its log, and the head that it saved."""
-    text = runs.Run(server, argv).wait()
+def train(
+    server: Any, output: Path, argv: list[str], limit: float = 120
+) -> tuple[str, list[dict[str, Any]], dict[str, torch.Tensor]]:
+    """What the run printed, its log, and the head that it saved; after `limit` seconds it fails."""
+    run = runs.Run(server, argv)
+    run.processes[0].join(limit)
+    text = run.wait()
     log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     head = load_file(output / "explainer" / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in head.values())
@@ -56,6 +61,26 @@ def test_grey_training_to_the_end(server: Any, parquet: Path, tmp_path: Path) ->
     assert all("cannot be read" in name for name in report["unreadable_validation"]["names"])
     assert record["unreadable_validation"] == {"count": counts[1]}
     assert f"{counts[0]} unreadable pictures were passed over in training and {counts[1]} for validation" in text
+
+
+def child_that_cannot_draw(*arguments: Any) -> None:
+    import training.train
+
+    def fail(*_: Any) -> Any:
+        return Image.fromarray(np.zeros((4, 4, 1), dtype=np.uint8))  # Pillow knows no such picture: TypeError
+
+    training.train.draw_samples = fail
+    runs.child(*arguments)
+
+
+def test_samples_that_cannot_be_drawn_cost_no_run(
+    server: Any, backbone: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "child", child_that_cannot_draw)
+    argv = runs.arguments(backbone, folder, tmp_path / "run", "--steps", "2", "--workers", "0", "--holdout", "0.3")
+    text, _, _ = train(server, tmp_path / "run", argv)
+    assert "warning: samples.png could not be written: TypeError: Cannot handle this data type" in text
+    assert (tmp_path / "run" / "best").exists()
 
 
 def test_multi_label_training(server: Any, backbone: str, folder: Path, tmp_path: Path) -> None:
@@ -97,12 +122,12 @@ def child_with_cheap_compiler(*arguments: Any) -> None:
 def test_compiled_training_is_the_same(
     server: Any, backbone: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiler: str
 ) -> None:
-    more = ("--steps", "6", "--workers", "0", "--holdout", "0.3", "--validate_every", "3")
+    more = ("--steps", "4", "--workers", "0", "--holdout", "0.3", "--validate_every", "2")
     plain, compiled = (runs.arguments(backbone, folder, tmp_path / name, *more) for name in ("plain", "compiled"))
     _, expected, _ = train(server, tmp_path / "plain", plain)
     if compiler == "cheap":
         monkeypatch.setattr(runs, "child", child_with_cheap_compiler)
-    text, found, _ = train(server, tmp_path / "compiled", [*compiled, "--compile"])
+    text, found, _ = train(server, tmp_path / "compiled", [*compiled, "--compile"], limit=900)
     if compiler == "cheap":
         assert text.count("compiled a graph of") >= 2, "the head and the second pass"
     for a, b in zip(expected, found, strict=True):

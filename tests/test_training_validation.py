@@ -14,7 +14,6 @@ from torch import nn
 
 from hf_ttame import TTameModel
 from hf_ttame.image_processing import load_picture, preprocess
-from training import report
 from training.train import MovingAverage, follow_step
 from training.validation import HeldOut, draw_samples, to_pictures, validate
 from training.watch import LossWatch
@@ -86,11 +85,6 @@ def test_samples_are_drawn_in_colour(cells: list[Any], channels: int) -> None:
     for picture, values in zip(to_pictures(model, torch.stack(held_out.samples)), held_out.samples, strict=True):
         pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(64, 64, 3).permute(2, 0, 1)
         torch.testing.assert_close(pixels / 255, (values * 0.2 + 0.4).expand(3, -1, -1), rtol=0, atol=0.5 / 255 + 1e-5)
-
-
-def test_a_picture_that_fails_costs_no_run(capsys: pytest.CaptureFixture[str]) -> None:
-    assert not report.attempt("samples.png", lambda: Image.new("RGB", "wrong"))  # type: ignore[arg-type]
-    assert "warning: samples.png could not be written: " in capsys.readouterr().err
 
 
 def lines(*totals: float) -> list[dict[str, Any]]:
