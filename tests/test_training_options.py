@@ -146,11 +146,11 @@ def test_accumulated_steps_resume_to_the_same_head(
 ) -> None:
     """Of files that are mapped into memory instead of streamed."""
     monkeypatch.setattr(runs, "child", child_with_own_cache)
-    more = ("--steps", "16", "--save_every", "3", "--workers", "0", "--accumulate", "2", "--no_streaming")
+    more = ("--steps", "12", "--save_every", "3", "--workers", "0", "--accumulate", "2", "--no_streaming")
     whole, killed = (runs.arguments(backbone, parquet, tmp_path / name, *more) for name in ("whole", "killed"))
     _, log, head = train(server, tmp_path / "whole", whole)
     run = runs.Run(server, killed)
-    run.wait_for_step(5)
+    run.wait_for_step(4)
     run.send(signal.SIGKILL)
     run.wait(-signal.SIGKILL)
     text, resumed, _ = train(server, tmp_path / "killed", [*killed, "--resume"])
@@ -158,4 +158,4 @@ def test_accumulated_steps_resume_to_the_same_head(
     assert list((tmp_path / "cache").rglob("*.arrow")), "converted, not streamed"
     runs.assert_same(tmp_path / "whole", tmp_path / "killed")
     assert [line["total"] for line in resumed] == [line["total"] for line in log]
-    assert int(head["head.class_counts"].sum()) == 16 * 8 * 2
+    assert int(head["head.class_counts"].sum()) == 12 * 8 * 2
