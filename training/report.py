@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
-from safetensors import SafetensorError
 
 from hf_ttame.cards import is_ours, write_card
 from hf_ttame.disk import full_disk, whole
@@ -44,8 +43,9 @@ def attempt(what: str, action: Callable[[], Any]) -> bool:
     """Write something that the run can do without; whether it worked. A full disk is no reason to stop training."""
     try:
         action()
-    except (OSError, ValueError, SafetensorError) as error:
-        print(f"warning: {what} could not be written: {full_disk(error) or error}", file=sys.stderr)
+    except Exception as error:  # whatever it is, the hours of training are worth more
+        reason = full_disk(error) or f"{type(error).__name__}: {error}"
+        print(f"warning: {what} could not be written: {reason}", file=sys.stderr)
         return False
     return True
 

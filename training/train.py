@@ -19,7 +19,6 @@ import copy
 import ctypes
 import importlib.util
 import json
-import math
 import os
 import signal
 import sys
@@ -73,6 +72,9 @@ from .report import (
 )
 from .stream import TrainingStream, make_loader
 from .validation import HeldOut, collapse, draw_samples, intervals, summary, validate
+from .watch import LossWatch
+
+_HOPELESS = 50  # steps in a row whose loss is no number, after which fp16 will not recover
 
 
 class Losses(NamedTuple):
@@ -184,6 +186,20 @@ class MovingAverage(nn.Module):
                 average.lerp_(value, share)
             else:
                 average.copy_(value)
+
+
+def follow_step(
+    accelerator: Accelerator,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    average: MovingAverage | None,
+    head: nn.Module,
+) -> None:
+    """Schedule and moving average follow the optimiser's step, except one that the scaler of fp16 passed over."""
+    if accelerator.optimizer_step_was_skipped:
+        return
+    schedule.step()
+    if average is not None:
+        average.update(head)
 
 
 @torch.no_grad()
@@ -341,9 +357,9 @@ def main(argv: list[str] | None = None) -> int:
         other = open_stream(arguments.validation, arguments.validation_split)
         column = image_column(other, arguments.image_column)
         others = TrainingStream(other, column, normalisation.size, holdout=1.0)
-        held_out = HeldOut(model, others.held_out(arguments.validation_size))
+        held_out = HeldOut(model, others.held_out(arguments.validation_size), accelerator.process_index, ranks)
     elif arguments.holdout:
-        held_out = HeldOut(model, stream.held_out(arguments.validation_size))
+        held_out = HeldOut(model, stream.held_out(arguments.validation_size), accelerator.process_index, ranks)
     elif leads:
         print("no validation: give --validation PICTURES, or --holdout 0.1 to keep a share of the dataset for it")
 
@@ -378,15 +394,17 @@ def main(argv: list[str] | None = None) -> int:
         save_file({name: tensor.contiguous() for name, tensor in model.head.state_dict().items()}, part)
         os.replace(part, path)
 
-    def validation() -> dict[str, torch.Tensor]:
+    def validation(held_out: HeldOut) -> dict[str, torch.Tensor]:
         """Measure the head as it would be saved now, draw the samples, and keep it where it is the best so far."""
-        assert held_out is not None
         try:
             model.head = finished(average.head if average else plain_head, accelerator)
             values = validate(model, held_out, accelerator, arguments.batch_size)
             if leads:
-                samples = draw_samples(model, held_out, accelerator.device)
-                attempt("samples.png", lambda: add_samples(output, progress["step"], samples))
+
+                def draw_all() -> None:
+                    add_samples(output, progress["step"], draw_samples(model, held_out, accelerator.device))
+
+                attempt("samples.png", draw_all)
             found = {"step": progress["step"], **summary(values)}
             progress["validations"].append(found)
             better = progress["best"] is None or found["score"] < progress["best"]["score"]
@@ -424,6 +442,7 @@ def main(argv: list[str] | None = None) -> int:
     batches = iter(loader)
     began, first, waited, flushed_at = time.perf_counter(), progress["step"], 0.0, time.perf_counter()
     recent: list[float] = []  # mask areas
+    watch = LossWatch(_HOPELESS if arguments.mixed_precision == "fp16" else 1)
 
     def flush() -> None:
         """Write the pending figures, stop at a loss that is no number, warn of a collapse."""
@@ -445,9 +464,7 @@ def main(argv: list[str] | None = None) -> int:
         del recent[:-50]
         pending.clear()
         progress["last"] = lines[-1]
-        bad = next((line for line in lines if not math.isfinite(line["total"])), None)
-        if bad and arguments.mixed_precision != "fp16":  # there the scaler passes over such a step
-            raise FloatingPointError(f"the loss became {bad['total']} at step {bad['step']}; lower --learning_rate")
+        watch.see(lines)
         advice = collapse(sum(recent) / len(recent)) if len(recent) == 50 else None
         if advice and not any(advice[:40] == earlier[:40] for earlier in progress["warnings"]):
             progress["warnings"].append(advice)
@@ -503,10 +520,7 @@ def main(argv: list[str] | None = None) -> int:
             figures += torch.stack([*losses.terms, losses.mask_area]).detach() / arguments.accumulate
             if batch["unreadable"]:
                 append(output / f"unreadable_{accelerator.process_index}.txt", batch["unreadable"])
-        if not accelerator.optimizer_step_was_skipped:
-            schedule.step()
-        if average is not None:
-            average.update(plain_head)
+        follow_step(accelerator, schedule, average, plain_head)
 
         progress["step"] += 1
         pending.append((progress["step"], figures))
@@ -516,7 +530,7 @@ def main(argv: list[str] | None = None) -> int:
             flush()
         if held_out is not None and (progress["step"] % arguments.validate_every == 0 or last):
             flush()
-            values = validation()
+            values = validation(held_out)
             if last:
                 progress["last_95"] = intervals(values)
                 if leads:
@@ -549,6 +563,7 @@ def main(argv: list[str] | None = None) -> int:
             model.eval().to(memory_format=torch.contiguous_format)
             files = output.glob("unreadable_*.txt")
             unreadable = sorted({line for file in files for line in file.read_text().splitlines()})
+            not_validated = held_out.unreadable if held_out else []
             report: dict[str, Any] = {
                 "arguments": {**run, "output": None, "resume": None},
                 "machine": machine(accelerator),
@@ -558,6 +573,7 @@ def main(argv: list[str] | None = None) -> int:
                 "last": progress["last"],
                 "coverage": coverage(plain_head.class_counts, model.config.id2label),
                 "unreadable": {"count": len(unreadable), "names": unreadable[:100]},
+                "unreadable_validation": {"count": len(not_validated), "names": not_validated[:100]},
                 "warnings": progress["warnings"],
                 "validations": progress["validations"],
                 "best": progress["best"],
@@ -570,7 +586,9 @@ def main(argv: list[str] | None = None) -> int:
             draw_curves(output, progress["validations"])
             write(output / "report.json", json.dumps(report, indent=2) + "\n")
             # The explainers may be published; the names of somebody's files and folders stay here.
-            record = {**report, "arguments": dict(report["arguments"]), "unreadable": {"count": len(unreadable)}}
+            record = {**report, "arguments": dict(report["arguments"])}
+            for name in ("unreadable", "unreadable_validation"):
+                record[name] = {"count": report[name]["count"]}
             for name in local:
                 record["arguments"][name] = "a local folder"
             model.save_pretrained(output / "explainer")
@@ -585,8 +603,9 @@ def main(argv: list[str] | None = None) -> int:
                 f"explained {found['explained']} of {found['classes']} classes"
                 + (f"; the rows of the other {untrained} are untrained" if untrained else "")
             )
-            if unreadable:
-                print(f"{len(unreadable)} unreadable pictures were passed over; report.json lists them")
+            if unreadable or not_validated:
+                also = f" in training and {len(not_validated)} for validation" if not_validated else ""
+                print(f"{len(unreadable)} unreadable pictures were passed over{also}; report.json lists them")
             print(f"saved the explainer in {output / 'explainer'}; see {output / 'curves.png'}")
         except (OSError, SafetensorError) as error:
             reason = full_disk(error, output / "explainer") or error

@@ -1,6 +1,6 @@
 """Average drop, increase in confidence and mask area on pictures that training never sees."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from hf_ttame import TTameModel
-from hf_ttame.image_processing import load_picture, preprocess
+from hf_ttame.image_processing import load_picture, preprocess, shown
 from hf_ttame.masking import resize_maps
 from hf_ttame.metrics import class_probability, judge_by, masked_confidence, mean_interval
 from hf_ttame.metrics.confidence import drops, increases
@@ -20,31 +20,47 @@ _THUMBNAIL = 160  # pixels
 
 
 class HeldOut:
-    """Pictures prepared once, the same at every validation.
+    """Pictures prepared once, the same at every validation; `len` counts those of all processes.
+
+    Only what the classifier takes is kept, of this process's share: photographs take a hundred times the memory.
 
     Args:
         model: its image processor prepares them.
-        cells: undecoded pictures; unreadable ones are left out.
+        cells: undecoded pictures; unreadable ones are left out and listed in `unreadable`.
+        rank, ranks: this process and their number.
 
     Raises:
         ValueError: none can be read.
     """
 
-    def __init__(self, model: TTameModel, cells: Sequence[Any]):
-        pictures = []
-        for cell in cells:
+    def __init__(self, model: TTameModel, cells: Iterable[Any], rank: int = 0, ranks: int = 1):
+        self.pixel_values: list[torch.Tensor] = []  # (C, H, W) each, of this process
+        self.samples: list[torch.Tensor] = []  # the first of all processes, to be drawn
+        self.unreadable: list[str] = []
+        self.count = 0
+        for index, cell in enumerate(cells):
             try:
-                pictures.append(load_picture(decode(cell), len(model.config.pixel_scale)))
-            except ValueError:
+                picture = load_picture(decode(cell), len(model.config.pixel_scale))
+            except ValueError as error:
+                path = cell.get("path") if isinstance(cell, dict) else None
+                self.unreadable.append(f"{path or 'picture'} (number {index} for validation): {error}")
                 continue
-        if not pictures:
+            wanted = self.count % ranks == rank  # every process decodes all, so that they agree on what is readable
+            if wanted or self.count < _SAMPLES:
+                (pixel_values,) = preprocess(model.image_processor, [picture])
+                if wanted:
+                    self.pixel_values.append(pixel_values)
+                if self.count < _SAMPLES:
+                    self.samples.append(pixel_values)
+            self.count += 1
+        if not self.count:
             raise ValueError(
-                f"none of the {len(cells)} pictures for validation can be read; raise --holdout or give --validation"
+                f"none of the {len(self.unreadable)} pictures for validation can be read; raise --holdout or give "
+                "--validation"
             )
-        self.pixel_values = preprocess(model.image_processor, pictures)
 
     def __len__(self) -> int:
-        return len(self.pixel_values)
+        return self.count
 
 
 @torch.no_grad()
@@ -55,9 +71,10 @@ def validate(
 
     The map is the explainer's own (`scale_maps`); "mask area" is the mean of the sigmoid, which the loss sees.
     """
-    mine = held_out.pixel_values[accelerator.process_index :: accelerator.num_processes]
+    mine = held_out.pixel_values
     parts: list[dict[str, torch.Tensor]] = []
-    for pixel_values in mine.split(batch_size):
+    for start in range(0, len(mine), batch_size):
+        pixel_values = torch.stack(mine[start : start + batch_size])
         pixel_values = pixel_values.to(accelerator.device).contiguous(memory_format=torch.channels_last)
         output = model(pixel_values)
         targets = output.class_ids[:, 0]
@@ -100,7 +117,7 @@ def intervals(values: dict[str, torch.Tensor]) -> dict[str, list[float]]:
 @torch.no_grad()
 def draw_samples(model: TTameModel, held_out: HeldOut, device: torch.device) -> list[Image.Image]:
     """The maps of the first eight pictures over them, as small pictures."""
-    pixel_values = held_out.pixel_values[:_SAMPLES].to(device)
+    pixel_values = torch.stack(held_out.samples).to(device)
     output = model(pixel_values)
     height, width = pixel_values.shape[-2:]
     maps = resize_maps(model.scale_maps(output.map_logits[:, 0].float()), (height, width)).cpu().numpy()
@@ -111,10 +128,10 @@ def draw_samples(model: TTameModel, held_out: HeldOut, device: torch.device) -> 
 
 
 def to_pictures(model: TTameModel, pixel_values: torch.Tensor) -> list[Image.Image]:
-    """Pixel values (B, 3, H, W) as the pictures that the classifier sees."""
+    """Pixel values (B, C, H, W) as the pictures that the classifier sees, in RGB; of one channel in grey."""
     scale, shift = torch.tensor(model.config.pixel_scale), torch.tensor(model.config.pixel_shift)
     pixels = (pixel_values.cpu().permute(0, 2, 3, 1) - shift) / scale
-    return [Image.fromarray(p) for p in (pixels.clamp(0, 1) * 255).round().to(torch.uint8).numpy()]
+    return [shown(picture) for picture in (pixels.clamp(0, 1) * 255).numpy()]
 
 
 def collapse(area: float) -> str | None:
