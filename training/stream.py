@@ -11,10 +11,12 @@ What is exact, and how:
   passed over.
 - A picture's crop depends on the seed, the epoch and the picture alone, not on the slot that reads it.
 - An unreadable picture is passed over like any other, so it shifts nothing.
+- An error in a worker reaches the process as the last thing that the worker hands out, and is raised there.
 
 Slots do not wait for each other: each begins its next epoch when its own pictures are used up.
 """
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -27,6 +29,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from hf_ttame.disk import full_disk
 from hf_ttame.pictures import decode, undecoded
 
 from .data import augment
@@ -87,7 +90,15 @@ class TrainingStream(IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        if info is None or os.environ.get("TTAME_DEBUG"):
+            yield from self._views(*((info.id, info.num_workers) if info else (0, 1)))
+            return
+        try:
+            yield from self._views(info.id, info.num_workers)
+        except (ValueError, OSError) as error:  # torch would raise it with a traceback as its message
+            yield {"error": str(full_disk(error) or error)}
+
+    def _views(self, worker: int, workers: int) -> Iterator[dict[str, Any]]:
         slot, slots = self.rank * workers + worker, self.ranks * workers
         state = self.state
         skipped: list[str] = []
@@ -159,12 +170,18 @@ class TrainingStream(IterableDataset):
         read, unreadable = self.state["read"], self.state["unreadable"]
         if read and unreadable == read:
             raise ValueError(f"none of the {read} pictures read so far can be decoded; the last: {skipped[-1]}")
-        if unreadable > self.max_unreadable * read:
-            last = f"; the last: {skipped[-1]}" if skipped else ""
-            raise ValueError(
-                f"{unreadable} of {read} pictures cannot be decoded, more than the share of "
-                f"{self.max_unreadable} that --max_unreadable allows{last}"
-            )
+        if reason := too_many_unreadable(read, unreadable, self.max_unreadable):
+            raise ValueError(reason + (f"; the last: {skipped[-1]}" if skipped else ""))
+
+
+def too_many_unreadable(read: int, unreadable: int, allowed: float) -> str | None:
+    """A sentence where more than the allowed share of the pictures was unreadable; None where it was not."""
+    if unreadable <= allowed * read:
+        return None
+    return (
+        f"{unreadable} of {read} pictures cannot be decoded, more than the share of {allowed} that --max_unreadable "
+        "allows"
+    )
 
 
 def _name(cell: Any, shard: int, row: int) -> str:
@@ -173,7 +190,10 @@ def _name(cell: Any, shard: int, row: int) -> str:
 
 
 def collate(views: list[dict[str, Any]]) -> dict[str, Any]:
-    """{"pixels": (B, H, W, 3) uint8, "pictures": B of (epoch, shard, row), "unreadable": names}."""
+    """{"pixels": (B, H, W, 3) uint8, "pictures": B of (epoch, shard, row), "unreadable": names}, or {"error": words}."""
+    for view in views:
+        if "error" in view:
+            return view
     return {
         "pixels": torch.stack([view["pixels"] for view in views]),
         "pictures": [view["picture"] for view in views],
@@ -190,11 +210,24 @@ def _start_worker(_: int) -> None:
     fsspec.asyn.reset_lock()  # a lock that is held while forking would never be released
 
 
+def _raise_error(batch: dict[str, Any]) -> dict[str, Any]:
+    if "error" in batch:
+        raise ValueError(batch["error"])
+    return batch
+
+
+class _Loader(StatefulDataLoader[dict[str, Any]]):
+    """Raises here, with its own words alone, what went wrong in a worker."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]  # torch wants its own class
+        return map(_raise_error, super().__iter__())
+
+
 def make_loader(
     stream: TrainingStream, batch_size: int, workers: int, pin_memory: bool = False
 ) -> "StatefulDataLoader[dict[str, Any]]":
     """Batches of the stream; `state_dict()` of the loader says exactly which batches were handed out."""
-    return StatefulDataLoader(
+    return _Loader(
         stream,
         batch_size=batch_size,
         num_workers=workers,
