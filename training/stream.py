@@ -42,7 +42,8 @@ _ORDER, _WINDOW, _VIEW, _HOLDOUT = range(4)  # what a random generator is for
 class TrainingStream(IterableDataset):
     """Endless views of the pictures of one process, with the state of the slot that reads them.
 
-    Yields {"pixels": (H, W, 3) uint8, "picture": (epoch, shard, row), "unreadable": what was passed over before}.
+    Yields {"pixels": (H, W, 3) uint8, "picture": (epoch, shard, row), "unreadable": what was passed over before}; in a
+    worker, where something goes wrong, {"error": its words} at the end.
 
     Args:
         dataset: from `open_stream`.
@@ -90,15 +91,16 @@ class TrainingStream(IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
-        if info is None or os.environ.get("TTAME_DEBUG"):
-            yield from self._views(*((info.id, info.num_workers) if info else (0, 1)))
-            return
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
         try:
-            yield from self._views(info.id, info.num_workers)
-        except (ValueError, OSError) as error:  # torch would raise it with a traceback as its message
-            yield {"error": str(full_disk(error) or error)}
+            yield from self._views(worker, workers)
+        except (ValueError, OSError) as error:
+            if info is None or os.environ.get("TTAME_DEBUG"):
+                raise
+            yield {"error": str(full_disk(error) or error)}  # torch would make a traceback of its words
 
     def _views(self, worker: int, workers: int) -> Iterator[dict[str, Any]]:
+        """What `__iter__` yields, but for the error."""
         slot, slots = self.rank * workers + worker, self.ranks * workers
         state = self.state
         skipped: list[str] = []
@@ -190,7 +192,7 @@ def _name(cell: Any, shard: int, row: int) -> str:
 
 
 def collate(views: list[dict[str, Any]]) -> dict[str, Any]:
-    """{"pixels": (B, H, W, 3) uint8, "pictures": B of (epoch, shard, row), "unreadable": names}, or {"error": words}."""
+    """{"pixels": (B, H, W, 3) uint8, "pictures": B of (epoch, shard, row), "unreadable": names}, or {"error"}."""
     for view in views:
         if "error" in view:
             return view
@@ -219,7 +221,7 @@ def _raise_error(batch: dict[str, Any]) -> dict[str, Any]:
 class _Loader(StatefulDataLoader[dict[str, Any]]):
     """Raises here, with its own words alone, what went wrong in a worker."""
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]  # torch wants its own class
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         return map(_raise_error, super().__iter__())
 
 

@@ -288,7 +288,7 @@ def main(argv: list[str] | None = None) -> int:
         progress["arguments"] = run
         if advice := version_advice(progress["versions"], versions()):
             accelerator.print(f"warning: {advice}", file=sys.stderr)
-            progress["warnings"].append(advice)
+            progress["warnings"] = [*(text for text in progress["warnings"] if text != advice), advice]
 
     # The explainer: only its head trains.
     model = TTameModel.from_backbone(
@@ -563,10 +563,10 @@ def main(argv: list[str] | None = None) -> int:
 
     # The stream judges as it goes, each worker by its own pictures; a short run is judged here.
     read = progress["step"] * pictures + progress["unreadable"]
-    if reason := too_many_unreadable(read, progress["unreadable"], arguments.max_unreadable):
+    if excess := too_many_unreadable(read, progress["unreadable"], arguments.max_unreadable):
         accelerator.end_training()
         raise ValueError(
-            f"{reason}; {output / 'unreadable_*.txt'} name them; the checkpoints stay: --resume with a larger "
+            f"{excess}; {output / 'unreadable_*.txt'} name them; the checkpoints stay: --resume with a larger "
             "--max_unreadable saves the explainer"
         )
 
