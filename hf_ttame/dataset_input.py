@@ -218,11 +218,11 @@ def open_input(
     commit, shard_rows, digest = None, None, None
     check_path(name, "dataset", "dataset")
     if not path.exists():
-        commit = _commit(name, revision)
+        commit = dataset_commit(name, revision)
         dataset = load_from_hub(name, split, commit or revision)
     else:
         found = contents(path, split)
-        digest = _digest(path, found)
+        digest = dataset_digest(path, found)
         if isinstance(found, list) and found[0].suffix in (".parquet", ".tar"):
             dataset = load_files(found)
             if found[0].suffix == ".parquet":
@@ -259,7 +259,8 @@ def open_input(
     )
 
 
-def _digest(path: Path, found: datasets.Dataset | list[Path]) -> str:
+def dataset_digest(path: Path, found: datasets.Dataset | list[Path]) -> str:
+    """Hash of the names and sizes of the files that `contents` found under `path`."""
     if not isinstance(found, list):
         return str(found._fingerprint)
     digest = hashlib.sha256()
@@ -273,7 +274,7 @@ def _digest(path: Path, found: datasets.Dataset | list[Path]) -> str:
     return digest.hexdigest()[:32]
 
 
-def _commit(name: str, revision: str | None) -> str | None:
+def dataset_commit(name: str, revision: str | None) -> str | None:
     """The commit of a dataset on the Hub, so that every process and every run reads the same; None where not known."""
     try:
         return HfApi().dataset_info(name, revision=revision).sha

@@ -915,7 +915,8 @@ def training(hub, work, photo):
     fault = hub.fault("500", r"GET /datasets/org/pictures/resolve/.*parquet")
     command = [sys.executable, str(ROOT / "training" / "train.py"), "--backbone", "org/tiny-vit"]
     command += ["--dataset", "org/pictures", "--output", str(work / "run"), "--steps", "2", "--batch_size", "4"]
-    environment = hub.environment(work / "home-train", PYTHONPATH=str(ROOT), ACCELERATE_USE_CPU="true")
+    command += ["--save_every", "1"]
+    environment = training_environment(hub, work)
     log = work / "training.log"
     with (
         open(log, "w") as output,
@@ -942,3 +943,29 @@ def test_training_streams_its_pictures_from_the_hub(hub, work, training):
     card = render_card(work / "run" / "explainer")
     assert "- Data: org/pictures" in card
     assert np.isfinite(record["last"]["total"])
+
+
+def test_a_resumed_training_streams_the_same_commit(hub, work, training, photo):
+    """Killed after its first step, resumed after the dataset has changed."""
+    process, _, log = training
+    assert process.wait(240) == 0, log.read_text()[-4000:]
+    commit = hub.repository("org/pictures", "datasets").branches["main"]
+    steps = (work / "run" / "log.jsonl").read_text().splitlines()
+    for part in ("explainer", "checkpoint-00000002"):
+        shutil.rmtree(work / "run" / part)
+    others = datasets.Dataset.from_dict({"image": [photo(80, 70, seed) for seed in range(50, 62)]})
+    others.cast_column("image", datasets.Image()).to_parquet(str(work / "others.parquet"))
+    files = {"data/train-00000-of-00001.parquet": (work / "others.parquet").read_bytes()}
+    assert hub.put("org/pictures", files, "datasets") != commit
+    before = len(hub.requests)
+    done = subprocess.run([*process.args, "--resume"], env=training_environment(hub, work), cwd=work, timeout=240)
+    assert done.returncode == 0
+    read = [line for line in hub.requests[before:] if re.search(r"/datasets/org/pictures/resolve/.*parquet", line)]
+    assert read
+    assert all(commit in line for line in read)
+    total = [[json.loads(line)["total"] for line in lines] for lines in (steps, (work / "run" / "log.jsonl").open())]
+    assert total[0] == total[1]
+
+
+def training_environment(hub, work):
+    return hub.environment(work / "home-train", PYTHONPATH=str(ROOT), ACCELERATE_USE_CPU="true")

@@ -8,11 +8,15 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import resource
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +25,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from hf_ttame import TTameModel
+from training.train import StopRequest
 
 PICTURES = 37
 DAMAGED = (3, 20)
@@ -120,6 +125,8 @@ class Run:
     def __init__(self, server: Any, arguments: list[str], ranks: int = 1, largest_file: int | None = None):
         self.output = Path(arguments[arguments.index("--output") + 1])
         self.text = self.output.with_suffix(".txt")
+        self.log = self.output / "log.jsonl"
+        self.earlier = self._log_file()
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -139,10 +146,13 @@ class Run:
         assert [process.exitcode for process in self.processes] == [expect] * len(self.processes), text
         return text
 
+    def _log_file(self) -> int | None:
+        return self.log.stat().st_ino if self.log.exists() else None
+
     def wait_for_step(self, step: int) -> None:
-        log = self.output / "log.jsonl"
+        """Until this run, not one before it, has logged the step: a run begins by writing the log anew."""
         deadline = time.monotonic() + 60
-        while not log.exists() or len(log.read_text().splitlines()) < step:
+        while self._log_file() in (None, self.earlier) or len(self.log.read_text().splitlines()) < step:
             assert time.monotonic() < deadline
             assert self.processes[0].is_alive(), self.text.read_text()
             time.sleep(0.002)
@@ -230,10 +240,12 @@ def test_a_killed_run_resumes_to_the_same_head(
     more = ("--steps", "24", "--save_every", "4", "--workers", str(workers), "--ema", "0.9", "--holdout", "0.1")
     whole, killed = (arguments(backbone, parquet, tmp_path / name, *more) for name in ("whole", "killed"))
     Run(server, whole, ranks).wait()
-    moments = random.Random(os.getpid())
-    for _ in range(kills):
+    seed = random.randrange(2**32)
+    print(f"killed at the moments of random.Random({seed})")  # pytest shows it where the test fails
+    moments = random.Random(seed)
+    for step in sorted(moments.randint(1, 20) for _ in range(kills)):
         run = Run(server, [*killed, "--resume"], ranks)
-        run.wait_for_step(moments.randint(1, 20))
+        run.wait_for_step(step)
         time.sleep(moments.random() * 0.05)
         run.send(signal.SIGKILL)
         run.wait(-signal.SIGKILL)
@@ -312,7 +324,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(server: Any, backbone: str, parq
     assert "; make room, or raise the limit on the size of a file; run again with --resume" in text
     assert sorted((tmp_path / "full").glob("checkpoint-*")) == [before]
     assert not (tmp_path / "full" / "explainer").exists()
-    assert not list((tmp_path / "full").glob(".*")), "nothing half-written stays"
+    assert [file.name for file in (tmp_path / "full").glob(".*")] == [".lock"], "nothing half-written stays"
     Run(server, [*full, "--resume"]).wait()
     assert_same(tmp_path / "whole", tmp_path / "full")
 
@@ -345,6 +357,79 @@ def test_changed_arguments_are_refused_by_name(server: Any, backbone: str, folde
         assert message in text
     assert "--processes was 1, now 2" in Run(server, [*argv, "--resume"], 2).wait(1)
     Run(server, [*argv, "--resume", "--save_every", "3", "--log_every", "2"]).wait()
+
+
+@pytest.mark.parametrize("changed", ["backbone", "dataset", "validation"])
+def test_what_has_changed_is_refused_by_name(
+    server: Any, backbone: str, folder: Path, tmp_path: Path, changed: str
+) -> None:
+    """The arguments are the same, what they name is not."""
+    places = {name: tmp_path / name for name in ("backbone", "dataset", "validation")}
+    shutil.copytree(backbone, places["backbone"])
+    shutil.copytree(folder, places["dataset"])
+    shutil.copytree(folder, places["validation"])
+    argv = arguments(str(places["backbone"]), places["dataset"], tmp_path / "run", "--workers", "0", "--steps", "4")
+    argv += ["--validation", str(places["validation"]), "--save_every", "2"]
+    Run(server, argv).wait()
+    end_before_the_end(tmp_path / "run", 2)
+    if changed == "backbone":
+        weights = load_file(places[changed] / "model.safetensors")
+        weights["classifier.1.bias"] += 1
+        save_file(weights, places[changed] / "model.safetensors", {"format": "pt"})
+    else:  # as many, of the same names
+        picture(99).resize((30, 30)).save(places[changed] / "00.png")
+    text = Run(server, [*argv, "--resume"]).wait(1)
+    assert re.search(rf"what it reads has changed: {changed}: \S+ then, \S+ now; bring the earlier back", text)
+
+
+def end_before_the_end(output: Path, step: int) -> dict[str, Any]:
+    """Leave what a run that was killed after the step would have left; what its checkpoint knows."""
+    shutil.rmtree(output / "explainer")
+    for checkpoint in output.glob("checkpoint-*"):
+        if int(checkpoint.name[11:]) > step:
+            shutil.rmtree(checkpoint)
+    return json.loads((output / f"checkpoint-{step:08d}" / "progress.json").read_text())
+
+
+def test_other_versions_are_told(server: Any, backbone: str, folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    argv = arguments(backbone, folder, output, "--steps", "4", "--save_every", "2", "--workers", "0")
+    Run(server, argv).wait()
+    progress = end_before_the_end(output, 2)
+    assert progress["versions"] == {name: version(name) for name in ("hf-ttame", "torch")}
+    progress["versions"]["torch"] = "1.0"
+    (output / "checkpoint-00000002" / "progress.json").write_text(json.dumps(progress))
+    warning = f"versions have changed since the run began (torch 1.0 then, {version('torch')} now): "
+    text = Run(server, [*argv, "--resume"]).wait()
+    assert text.count(f"warning: {warning}") == 1
+    (told,) = json.loads((output / "report.json").read_text())["warnings"]
+    assert told.startswith(warning)
+
+
+def test_best_is_the_head_that_the_report_describes(server: Any, backbone: str, folder: Path, tmp_path: Path) -> None:
+    """Killed after a later best was measured, resumed without measuring it again."""
+    output = tmp_path / "run"
+    argv = arguments(backbone, folder, output, "--steps", "8", "--save_every", "2", "--workers", "0", "--keep", "9")
+    argv += ["--holdout", "0.3"]
+    Run(server, [*argv, "--validate_every", "1"]).wait()
+    first = load_file(output / "best.safetensors")
+    for step in range(2, 8, 2):  # the newest checkpoint that knew an earlier best than the run found in the end
+        progress = json.loads((output / f"checkpoint-{step:08d}" / "progress.json").read_text())
+        if progress["best"]["step"] != json.loads((output / "report.json").read_text())["best"]["step"]:
+            break
+    else:
+        pytest.fail("the first validation was the best: this run cannot show it")
+    progress = end_before_the_end(output, step)
+    shutil.rmtree(output / "best")
+    # Nothing is better than this, so that no validation on the way replaces it.
+    progress["best"]["score"] = -1e9
+    (output / f"checkpoint-{step:08d}" / "progress.json").write_text(json.dumps(progress))
+    kept = load_file(output / f"checkpoint-{step:08d}" / "best.safetensors")
+    assert any(not torch.equal(kept[name], first[name]) for name in kept)
+    Run(server, [*argv, "--validate_every", "100", "--resume"]).wait()
+    assert json.loads((output / "report.json").read_text())["best"] == progress["best"]
+    saved = load_file(output / "best" / "model.safetensors")
+    assert all(torch.equal(saved[f"head.{name}"], kept[name]) for name in kept)
 
 
 def test_two_processes_follow_one(server: Any, backbone: str, tmp_path: Path) -> None:
@@ -423,3 +508,71 @@ def test_data_that_cannot_train(server: Any, backbone: str, parquet: Path, tmp_p
         picture(seed).save(few / f"{seed}.png")
     Run(server, arguments(backbone, few, tmp_path / "few_run", "--steps", "4", "--workers", "0")).wait()
     assert json.loads((tmp_path / "few_run" / "report.json").read_text())["pictures"] == 32, "batches of 8 from 3"
+
+
+def test_a_short_run_is_judged_by_all_it_read(server: Any, backbone: str, folder: Path, tmp_path: Path) -> None:
+    """Half of 24 pictures is damaged; one batch of eight ends before the stream has judged anything."""
+    shutil.copytree(folder, tmp_path / "data")
+    for file in sorted((tmp_path / "data").iterdir())[::2]:
+        file.write_bytes(file.read_bytes()[:200])
+    output = tmp_path / "run"
+    argv = arguments(backbone, tmp_path / "data", output, "--steps", "1", "--workers", "0")
+    text = Run(server, argv).wait(1)
+    found = re.search(r"(\d+) of (\d+) pictures cannot be decoded, more than the share of 0\.2 that", text)
+    assert found, text
+    unreadable, read = map(int, found.groups())
+    assert read == 8 + unreadable < 24
+    assert len((output / "unreadable_0.txt").read_text().splitlines()) == unreadable
+    assert (output / "checkpoint-00000001").exists()
+    assert not (output / "explainer").exists()
+    again = Run(server, [*argv, "--resume", "--max_unreadable", str((unreadable - 0.5) / read)]).wait(1)
+    assert found[0].split(",")[0] in again, "the count is kept"
+    Run(server, [*argv, "--resume", "--max_unreadable", str(unreadable / read)]).wait()
+    assert json.loads((output / "report.json").read_text())["unreadable"]["count"] == unreadable
+
+
+def test_an_error_in_a_worker_is_one_line(backbone: str, parquet: Path, tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "training" / "train.py"
+    argv = arguments(
+        backbone, parquet, tmp_path / "run", "--workers", "2", "--steps", "40", "--max_unreadable", "0.01"
+    )
+    settings = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    settings.pop("TTAME_DEBUG", None)
+    done = subprocess.run([sys.executable, script, *argv], capture_output=True, text=True, timeout=120, env=settings)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert re.fullmatch(
+        r"training: \d+ of \d+ pictures cannot be decoded, more than the share of 0\.01 that --max_unreadable allows"
+        r"(; the last: .* cannot be read: .*)?",
+        done.stderr.splitlines()[-1],
+    )
+
+
+def test_a_collapse_is_told_once(server: Any, backbone: str, folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    argv = arguments(backbone, folder, output, "--steps", "90", "--workers", "0", "--head_init", "random")
+    argv += ["--area_weight", "50", "--cross_entropy_weight", "0", "--learning_rate", "0.1"]
+    text = Run(server, argv).wait()
+    areas = [json.loads(line)["mask_area"] for line in (output / "log.jsonl").read_text().splitlines()]
+    means = {step: sum(areas[step - 50 : step]) / 50 for step in range(50, 91)}
+    low = [step for step, mean in means.items() if mean < 0.03]
+    assert 50 < low[0] < low[-1] == 90, means
+    assert text.count("warning at step") == 1
+    assert f"warning at step {low[0]}: the mask has collapsed to all zeros (mean {means[low[0]]:.3f})" in text
+    (warning,) = json.loads((output / "report.json").read_text())["warnings"]
+    assert warning.startswith("the mask has collapsed to all zeros")
+
+
+def test_a_second_ctrl_c_acts_at_once() -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        stop = StopRequest()
+        assert not stop.asked
+        signal.raise_signal(signal.SIGINT)
+        assert stop.asked
+        signal.raise_signal(signal.SIGTERM)  # asks politely, however often
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,7 +1,8 @@
 """Checkpoints that appear whole or not at all, and the refusal to continue a run that would not be the same.
 
 A checkpoint is a folder `checkpoint-00000250` of the head (not the classifier), the optimiser, the schedule, the loss
-scale, and per process the random state, the position in the stream and the head's batch-norm statistics.
+scale, the best head so far, and per process the random state, the position in the stream and the head's batch-norm
+statistics.
 """
 
 import json
@@ -50,6 +51,7 @@ def save_checkpoint(
     modules: Sequence[nn.Module],
     stream: dict[str, Any],
     keep: int,
+    best: Path | None = None,
 ) -> str | None:
     """Save everything that the next step depends on, then remove all but the newest `keep` checkpoints.
 
@@ -60,6 +62,7 @@ def save_checkpoint(
         modules: their buffers differ between processes.
         stream: position of this process in the stream.
         keep: how many checkpoints stay.
+        best: file of the best head so far, which `progress` describes; the checkpoint keeps a copy.
 
     Returns:
         None, or what went wrong in any of the processes, such as a full disk; earlier checkpoints then stand.
@@ -78,6 +81,8 @@ def save_checkpoint(
     problem = first_problem(accelerator, problem)
     if accelerator.is_main_process and problem is None:
         try:
+            if best is not None:
+                shutil.copyfile(best, part / best.name)
             (part / "progress.json").write_text(json.dumps(progress))
             for file in part.iterdir():
                 _flush(file)

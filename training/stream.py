@@ -11,10 +11,12 @@ What is exact, and how:
   passed over.
 - A picture's crop depends on the seed, the epoch and the picture alone, not on the slot that reads it.
 - An unreadable picture is passed over like any other, so it shifts nothing.
+- An error in a worker reaches the process as the last thing that the worker hands out, and is raised there.
 
 Slots do not wait for each other: each begins its next epoch when its own pictures are used up.
 """
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -27,6 +29,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from hf_ttame.disk import full_disk
 from hf_ttame.pictures import decode, undecoded
 
 from .data import augment
@@ -39,7 +42,8 @@ _ORDER, _WINDOW, _VIEW, _HOLDOUT = range(4)  # what a random generator is for
 class TrainingStream(IterableDataset):
     """Endless views of the pictures of one process, with the state of the slot that reads them.
 
-    Yields {"pixels": (H, W, 3) uint8, "picture": (epoch, shard, row), "unreadable": what was passed over before}.
+    Yields {"pixels": (H, W, 3) uint8, "picture": (epoch, shard, row), "unreadable": what was passed over before}; in a
+    worker, where something goes wrong, {"error": its words} at the end.
 
     Args:
         dataset: from `open_stream`.
@@ -88,6 +92,15 @@ class TrainingStream(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        try:
+            yield from self._views(worker, workers)
+        except (ValueError, OSError) as error:
+            if info is None or os.environ.get("TTAME_DEBUG"):
+                raise
+            yield {"error": str(full_disk(error) or error)}  # torch would make a traceback of its words
+
+    def _views(self, worker: int, workers: int) -> Iterator[dict[str, Any]]:
+        """What `__iter__` yields, but for the error."""
         slot, slots = self.rank * workers + worker, self.ranks * workers
         state = self.state
         skipped: list[str] = []
@@ -159,12 +172,18 @@ class TrainingStream(IterableDataset):
         read, unreadable = self.state["read"], self.state["unreadable"]
         if read and unreadable == read:
             raise ValueError(f"none of the {read} pictures read so far can be decoded; the last: {skipped[-1]}")
-        if unreadable > self.max_unreadable * read:
-            last = f"; the last: {skipped[-1]}" if skipped else ""
-            raise ValueError(
-                f"{unreadable} of {read} pictures cannot be decoded, more than the share of "
-                f"{self.max_unreadable} that --max_unreadable allows{last}"
-            )
+        if reason := too_many_unreadable(read, unreadable, self.max_unreadable):
+            raise ValueError(reason + (f"; the last: {skipped[-1]}" if skipped else ""))
+
+
+def too_many_unreadable(read: int, unreadable: int, allowed: float) -> str | None:
+    """A sentence where more than the allowed share of the pictures was unreadable; None where it was not."""
+    if unreadable <= allowed * read:
+        return None
+    return (
+        f"{unreadable} of {read} pictures cannot be decoded, more than the share of {allowed} that --max_unreadable "
+        "allows"
+    )
 
 
 def _name(cell: Any, shard: int, row: int) -> str:
@@ -173,7 +192,10 @@ def _name(cell: Any, shard: int, row: int) -> str:
 
 
 def collate(views: list[dict[str, Any]]) -> dict[str, Any]:
-    """{"pixels": (B, H, W, 3) uint8, "pictures": B of (epoch, shard, row), "unreadable": names}."""
+    """{"pixels": (B, H, W, 3) uint8, "pictures": B of (epoch, shard, row), "unreadable": names}, or {"error"}."""
+    for view in views:
+        if "error" in view:
+            return view
     return {
         "pixels": torch.stack([view["pixels"] for view in views]),
         "pictures": [view["picture"] for view in views],
@@ -190,11 +212,24 @@ def _start_worker(_: int) -> None:
     fsspec.asyn.reset_lock()  # a lock that is held while forking would never be released
 
 
+def _raise_error(batch: dict[str, Any]) -> dict[str, Any]:
+    if "error" in batch:
+        raise ValueError(batch["error"])
+    return batch
+
+
+class _Loader(StatefulDataLoader[dict[str, Any]]):
+    """Raises here, with its own words alone, what went wrong in a worker."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return map(_raise_error, super().__iter__())
+
+
 def make_loader(
     stream: TrainingStream, batch_size: int, workers: int, pin_memory: bool = False
 ) -> "StatefulDataLoader[dict[str, Any]]":
     """Batches of the stream; `state_dict()` of the loader says exactly which batches were handed out."""
-    return StatefulDataLoader(
+    return _Loader(
         stream,
         batch_size=batch_size,
         num_workers=workers,

@@ -20,6 +20,7 @@ import ctypes
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -41,7 +42,7 @@ from transformers import HfArgumentParser
 
 from hf_ttame import TTameModel
 from hf_ttame.answers import choose_targets
-from hf_ttame.disk import full_disk
+from hf_ttame.disk import full_disk, whole
 from hf_ttame.image_processing import Normalisation
 from hf_ttame.losses import LossTerms, LossWeights, ttame_loss
 from hf_ttame.masking import apply_mask, resize_maps
@@ -57,6 +58,7 @@ from .arguments import Arguments, check
 from .checkpoints import check_same, checkpoints, first_problem, load_checkpoint, save_checkpoint
 from .data import normaliser
 from .folding import fold_batch_norms
+from .identity import check_identity, dataset_identity, pinned, version_advice, versions
 from .report import (
     Log,
     add_samples,
@@ -70,7 +72,7 @@ from .report import (
     write_record,
     write_values,
 )
-from .stream import TrainingStream, make_loader
+from .stream import TrainingStream, make_loader, too_many_unreadable
 from .validation import HeldOut, collapse, draw_samples, intervals, summary, validate
 from .watch import LossWatch
 
@@ -293,11 +295,16 @@ def main(argv: list[str] | None = None) -> int:
     run = {**asdict(arguments), "processes": ranks}
     newest = checkpoints(output)[-1] if arguments.resume and checkpoints(output) else None
     progress: dict[str, Any] = {"step": 0, "seconds": 0.0, "last": {}, "warnings": [], "arguments": run}
-    progress |= {"validations": [], "best": None, "last_95": None}
+    progress |= {"validations": [], "best": None, "last_95": None, "unreadable": 0}
+    progress |= {"versions": versions(), "identity": {}, "revision": None}
+    best_head = output / "best.safetensors"
     if newest:
         progress |= json.loads((newest / "progress.json").read_text())
         check_same(progress["arguments"], run)
         progress["arguments"] = run
+        if advice := version_advice(progress["versions"], versions()):
+            accelerator.print(f"warning: {advice}", file=sys.stderr)
+            progress["warnings"] = [*(text for text in progress["warnings"] if text != advice), advice]
 
     # The explainer: only its head trains.
     model = TTameModel.from_backbone(
@@ -317,7 +324,7 @@ def main(argv: list[str] | None = None) -> int:
             f"training reads colour pictures, and grey ones for one channel; this backbone takes "
             f"{len(model.config.pixel_scale)} channels: train its head in a loop of your own, see docs/training.md"
         )
-    whole = model.backbone  # as it came, and is saved
+    backbone = model.backbone  # as it came, and is saved
     fold_batch_norms(model)
     layout = torch.channels_last if arguments.channels_last else torch.contiguous_format
     model.to(accelerator.device).to(memory_format=layout).train()
@@ -332,7 +339,8 @@ def main(argv: list[str] | None = None) -> int:
     fill = None if arguments.fill == "blur" else model.fill(arguments.fill)
 
     # The stream: the steps are fixed and the stream is endless, so that no process ever waits for another's data.
-    dataset = open_stream(arguments.dataset, arguments.split, arguments.revision, arguments.streaming)
+    progress["revision"] = progress["revision"] or pinned(arguments.dataset, arguments.revision)
+    dataset = open_stream(arguments.dataset, arguments.split, progress["revision"], arguments.streaming)
     stream = TrainingStream(
         dataset,
         image_column(dataset, arguments.image_column),
@@ -345,12 +353,14 @@ def main(argv: list[str] | None = None) -> int:
         holdout=arguments.holdout,
         max_unreadable=arguments.max_unreadable,
     )
-    if newest and progress["shards"] != dataset.num_shards:
-        raise ValueError(
-            f"{arguments.dataset!r} had {progress['shards']} shards when the run began and has {dataset.num_shards} "
-            "now; a resumed run needs the same data"
-        )
-    progress["shards"] = dataset.num_shards
+    identity = {
+        "backbone": model.config.backbone_fingerprint,
+        "dataset": dataset_identity(arguments.dataset, arguments.split),
+        "shards of the dataset": dataset.num_shards,
+        "validation": dataset_identity(arguments.validation, arguments.validation_split),
+    }
+    check_identity(progress["identity"], identity)
+    progress["identity"] = identity
     loader = make_loader(stream, arguments.batch_size, arguments.workers, accelerator.device.type == "cuda")
     held_out = None
     if arguments.validation:
@@ -373,6 +383,9 @@ def main(argv: list[str] | None = None) -> int:
     modules = [plain_head] if average is None else [plain_head, average]
     if newest:
         loader.load_state_dict(load_checkpoint(accelerator, newest, modules))
+        if leads and (newest / best_head.name).exists():  # a later one may have been measured before the kill
+            with whole(best_head) as part:
+                shutil.copyfile(newest / best_head.name, part)
         accelerator.print(f"continuing {newest}")
     elif arguments.resume:
         accelerator.print("no checkpoint yet: starting at the beginning")
@@ -388,11 +401,10 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.report_to != "none":
         accelerator.init_trackers("hf-ttame", {name: str(value) for name, value in run.items()})
 
-    def save_head(path: Path) -> None:
-        """The head in use, in a file that has its name only when it is complete."""
-        part = path.with_suffix(".part")
-        save_file({name: tensor.contiguous() for name, tensor in model.head.state_dict().items()}, part)
-        os.replace(part, path)
+    def save_head() -> None:
+        """The head in use, as the best."""
+        with whole(best_head) as part:
+            save_file({name: tensor.contiguous() for name, tensor in model.head.state_dict().items()}, part)
 
     def validation(held_out: HeldOut) -> dict[str, torch.Tensor]:
         """Measure the head as it would be saved now, draw the samples, and keep it where it is the best so far."""
@@ -408,7 +420,7 @@ def main(argv: list[str] | None = None) -> int:
             found = {"step": progress["step"], **summary(values)}
             progress["validations"].append(found)
             better = progress["best"] is None or found["score"] < progress["best"]["score"]
-            if better and (not leads or attempt("the best head", lambda: save_head(output / "best.safetensors"))):
+            if better and (not leads or attempt("the best head", save_head)):
                 progress["best"] = found
         finally:
             model.head = plain_head
@@ -476,6 +488,12 @@ def main(argv: list[str] | None = None) -> int:
             print(f"step {progress['step']}/{arguments.steps} loss {lines[-1]['total']:.4g} {left}", flush=True)
         waited, flushed_at = 0.0, time.perf_counter()
 
+    unreadable_here = progress["unreadable"] if leads else 0
+
+    def unreadable_everywhere() -> int:
+        """Pictures that all processes passed over since the run began, counted again in every epoch."""
+        return int(accelerator.reduce(torch.tensor(unreadable_here, device=accelerator.device), "sum"))
+
     def draw(micro_step: int) -> torch.Generator:
         """A random choice that depends on the place in the run alone, so that a resumed run makes the same."""
         place = (arguments.seed * 1_000_003 + micro_step) * ranks + accelerator.process_index
@@ -518,6 +536,7 @@ def main(argv: list[str] | None = None) -> int:
                 optimizer.zero_grad()
             plain_head.class_counts += losses.targets.bincount(minlength=len(plain_head.class_counts))
             figures += torch.stack([*losses.terms, losses.mask_area]).detach() / arguments.accumulate
+            unreadable_here += len(batch["unreadable"])
             if batch["unreadable"]:
                 append(output / f"unreadable_{accelerator.process_index}.txt", batch["unreadable"])
         follow_step(accelerator, schedule, average, plain_head)
@@ -538,8 +557,10 @@ def main(argv: list[str] | None = None) -> int:
             flushed_at = time.perf_counter()
         if progress["step"] % arguments.save_every == 0 or last or stopped:
             flush()
+            progress["unreadable"] = unreadable_everywhere()
             so_far = {**progress, "seconds": progress["seconds"] + time.perf_counter() - began}
-            problem = save_checkpoint(accelerator, output, so_far, modules, loader.state_dict(), arguments.keep)
+            best = best_head if progress["best"] else None
+            problem = save_checkpoint(accelerator, output, so_far, modules, loader.state_dict(), arguments.keep, best)
             if problem:
                 accelerator.print(f"warning: no checkpoint at step {progress['step']}: {problem}", file=sys.stderr)
             if leads:
@@ -554,9 +575,18 @@ def main(argv: list[str] | None = None) -> int:
         accelerator.end_training()
         return 130
 
+    # The stream judges as it goes, each worker by its own pictures; a short run is judged here.
+    read = progress["step"] * pictures + progress["unreadable"]
+    if excess := too_many_unreadable(read, progress["unreadable"], arguments.max_unreadable):
+        accelerator.end_training()
+        raise ValueError(
+            f"{excess}; {output / 'unreadable_*.txt'} name them; the checkpoints stay: --resume with a larger "
+            "--max_unreadable saves the explainer"
+        )
+
     # The results, under their names only when they are complete.
     model.head = finished(average.head if average else plain_head, accelerator)
-    model.backbone = whole
+    model.backbone = backbone
     problem = None
     if leads:
         try:
@@ -593,7 +623,7 @@ def main(argv: list[str] | None = None) -> int:
                 record["arguments"][name] = "a local folder"
             model.save_pretrained(output / "explainer")
             if progress["best"] is not None:
-                model.head.load_state_dict(load_file(output / "best.safetensors"))
+                model.head.load_state_dict(load_file(best_head))
                 model.save_pretrained(output / "best")
                 write_record(output / "best", record)
             write_record(output / "explainer", record)
