@@ -2,7 +2,6 @@
 
 import json
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +18,6 @@ SETTINGS = ["--", "--steps", "2", "--batch_size", "4", "--workers", "0", "--hold
 
 
 @pytest.fixture(scope="module")
-def pictures(photo: Callable[..., Image.Image], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    for seed in range(12):
-        photo(seed=seed).save(folder / f"{seed}.png")
-    return folder
-
-
-@pytest.fixture(scope="module")
 def cold_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("convnext")
     loaded = wrap_backbone(make_timm("test_convnext"), None)
@@ -37,7 +28,7 @@ def cold_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_runs_become_one_table_and_are_not_repeated(
     vit_folder: Path,
-    pictures: Path,
+    twelve_pictures: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -51,7 +42,17 @@ def test_runs_become_one_table_and_are_not_repeated(
 
     monkeypatch.setattr(ablate, "run_training", count)
     output = tmp_path / "ablation"
-    command = ["--backbone", str(vit_folder), "--dataset", str(pictures), "--output", str(output), "--seeds", "0", "1"]
+    command = [
+        "--backbone",
+        str(vit_folder),
+        "--dataset",
+        str(twelve_pictures),
+        "--output",
+        str(output),
+        "--seeds",
+        "0",
+        "1",
+    ]
     command += ["--only", "class token multiplied", "warm start", *SETTINGS]
     assert ablate.main(command) == 0
     assert len(started) == 3 * 2
@@ -103,10 +104,10 @@ def test_a_warm_start_stands_there_where_there_is_one(
 
 
 def test_what_cannot_work_is_refused_before_anything_is_trained(
-    vit_folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    vit_folder: Path, twelve_pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ablate, "run_training", lambda *_: pytest.fail("a training was started"))
-    where = ["--dataset", str(pictures), "--output", str(tmp_path / "out")]
+    where = ["--dataset", str(twelve_pictures), "--output", str(tmp_path / "out")]
     for more, message in (
         (["--backbone", str(vit_folder), *where], "give pictures to validate on"),
         (["--backbone", str(vit_folder), *where, "--only", "warm", *SETTINGS], "no variant 'warm'; it has: base, no "),
@@ -119,10 +120,19 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(
 
 
 def test_after_ctrl_c_the_same_command_continues(
-    vit_folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    vit_folder: Path, twelve_pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "out" / "base" / "seed_0"
-    command = ["--backbone", vit_folder, "--dataset", pictures, "--output", tmp_path / "out", "--only", "warm start"]
+    command = [
+        "--backbone",
+        vit_folder,
+        "--dataset",
+        twelve_pictures,
+        "--output",
+        tmp_path / "out",
+        "--only",
+        "warm start",
+    ]
     command += [*SETTINGS, "--steps", "1000000", "--log_every", "1"]
     status, output = interrupt([ROOT / "training" / "ablate.py", *command], run, signal.SIGINT, everyone=True)
     assert status == 130, output

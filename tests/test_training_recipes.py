@@ -10,7 +10,6 @@ from pathlib import Path
 
 import datasets
 import pytest
-from PIL import Image
 from training_launch import ROOT, interrupt, train_here
 from transformers import HfArgumentParser
 
@@ -40,25 +39,24 @@ def recipe(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 @pytest.fixture(scope="module")
-def pictures(photo: Callable[..., Image.Image], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    for seed in range(12):
-        photo(seed=seed).save(folder / f"{seed}.png")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def parquet(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def parquet(twelve_pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("imagenette")
     for shard in range(2):
-        rows = {"image": [str(pictures / f"{seed}.png") for seed in range(6 * shard, 6 * shard + 6)], "label": [0] * 6}
+        rows = {
+            "image": [str(twelve_pictures / f"{seed}.png") for seed in range(6 * shard, 6 * shard + 6)],
+            "label": [0] * 6,
+        }
         part = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
         part.to_parquet(str(folder / f"train-0000{shard}-of-00002.parquet"))
     return folder
 
 
 def test_every_recipe_hands_over_what_the_training_script_takes(
-    recipe: Callable[..., None], vit_folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Callable[..., None],
+    vit_folder: Path,
+    twelve_pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     work = tmp_path / "work"
     for name in ("train", "holdout"):
@@ -80,9 +78,17 @@ def test_every_recipe_hands_over_what_the_training_script_takes(
     for name in ("resnet50", "vit_b_16"):
         recipe(name, "out", "--warm", "--seed", "1", run=note(name))
     for name in ("efficientnet_lite0", "dinov2_small_class_token"):
-        recipe(name, pictures, *([pictures] if "dinov2" in name else []), work, "--seed", "1", run=note(name))
-    recipe("dinov2_small", vit_folder, pictures, "out", "--seed", "1", run=note("dinov2_small"))
-    recipe("my_dataset", vit_folder, pictures, "out", "--seed", "1", run=note("my_dataset"))
+        recipe(
+            name,
+            twelve_pictures,
+            *([twelve_pictures] if "dinov2" in name else []),
+            work,
+            "--seed",
+            "1",
+            run=note(name),
+        )
+    recipe("dinov2_small", vit_folder, twelve_pictures, "out", "--seed", "1", run=note("dinov2_small"))
+    recipe("my_dataset", vit_folder, twelve_pictures, "out", "--seed", "1", run=note("my_dataset"))
     assert {path.stem for path in RECIPES.glob("*.py")} - {"launch", "ship"} == set(seen)
     for commands in seen.values():
         for command in commands:
@@ -101,9 +107,13 @@ def test_every_recipe_hands_over_what_the_training_script_takes(
 
 
 def test_my_dataset_trains(
-    recipe: Callable[..., None], vit_folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Callable[..., None],
+    vit_folder: Path,
+    twelve_pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    recipe("my_dataset", vit_folder, pictures, tmp_path / "run", *TINY, run=train_here(monkeypatch))
+    recipe("my_dataset", vit_folder, twelve_pictures, tmp_path / "run", *TINY, run=train_here(monkeypatch))
     explainer = TTameModel.from_pretrained(tmp_path / "run" / "explainer")
     assert int(explainer.head.class_counts.sum()) == 8
     assert json.loads((tmp_path / "run" / "report.json").read_text())["arguments"]["fill"] == "black"
@@ -112,13 +122,13 @@ def test_my_dataset_trains(
 def test_my_dataset_compares_fills(
     recipe: Callable[..., None],
     vit_folder: Path,
-    pictures: Path,
+    twelve_pictures: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = train_here(monkeypatch)
-    recipe("my_dataset", vit_folder, pictures, tmp_path / "runs", "--compare-fills", *TINY, run=run)
+    recipe("my_dataset", vit_folder, twelve_pictures, tmp_path / "runs", "--compare-fills", *TINY, run=run)
     *_, header, names, black, mean, blur = capsys.readouterr().out.splitlines()
     assert "judged with black pixels in every row" in header
     assert names.split()[:3] == ["fill", "mask", "area"]
@@ -147,8 +157,8 @@ def test_dinov2_small_trains_and_ships(
     assert json.loads((shipped / "training.json").read_text())["steps"] == 2
 
 
-def test_a_wrong_path_is_one_line(pictures: Path, tmp_path: Path) -> None:
-    command = [sys.executable, RECIPES / "my_dataset.py", "./nothing", pictures, tmp_path / "run"]
+def test_a_wrong_path_is_one_line(twelve_pictures: Path, tmp_path: Path) -> None:
+    command = [sys.executable, RECIPES / "my_dataset.py", "./nothing", twelve_pictures, tmp_path / "run"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 1
@@ -160,10 +170,10 @@ def test_a_wrong_path_is_one_line(pictures: Path, tmp_path: Path) -> None:
     ("number", "everyone"), [(signal.SIGTERM, False), pytest.param(signal.SIGINT, True, marks=pytest.mark.slow)]
 )
 def test_a_stopped_recipe_leaves_a_checkpoint_and_nothing_running(
-    vit_folder: Path, pictures: Path, tmp_path: Path, number: signal.Signals, everyone: bool
+    vit_folder: Path, twelve_pictures: Path, tmp_path: Path, number: signal.Signals, everyone: bool
 ) -> None:
     run = tmp_path / "runs" / "black"
-    command = [RECIPES / "my_dataset.py", vit_folder, pictures, run.parent, "--compare-fills", *TINY]
+    command = [RECIPES / "my_dataset.py", vit_folder, twelve_pictures, run.parent, "--compare-fills", *TINY]
     command += ["--steps", "1000000", "--log_every", "1"]
     status, output = interrupt(command, run, number, everyone=everyone)
     assert status == 130, output

@@ -126,9 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", help="names of variants; the base is always among them")
-    parser.add_argument(
-        "--processes", type=int, default=1, help="per run: GPUs, or processes as `accelerate config` says"
-    )
+    parser.add_argument("--processes", type=int, default=1, help="GPUs per run")
     arguments = parser.parse_args(own)
 
     def command(name: str, seed: int, more: Sequence[str]) -> list[str]:

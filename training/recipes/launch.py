@@ -17,6 +17,6 @@ def train(*arguments: str, further: list[str]) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"training: {error}")
     if ended.stopped and not ended.status:
-        print("the training is complete; what follows it was not done, --resume does it", file=sys.stderr)
+        print("the training is complete; nothing further was started, --resume goes on", file=sys.stderr)
     if ended.stopped or ended.status:
         sys.exit(ended.status or 130)
