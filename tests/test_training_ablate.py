@@ -119,9 +119,7 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(
     assert not (tmp_path / "out").exists()
 
 
-def test_after_ctrl_c_the_same_command_continues(
-    vit_folder: Path, twelve_pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_after_ctrl_c_the_same_command_continues(vit_folder: Path, twelve_pictures: Path, tmp_path: Path) -> None:
     run = tmp_path / "out" / "base" / "seed_0"
     command = [
         "--backbone",
@@ -131,7 +129,7 @@ def test_after_ctrl_c_the_same_command_continues(
         "--output",
         tmp_path / "out",
         "--only",
-        "warm start",
+        "no area",
     ]
     command += [*SETTINGS, "--steps", "1000000", "--log_every", "1"]
     status, output = interrupt([ROOT / "training" / "ablate.py", *command], run, signal.SIGINT, everyone=True)
@@ -140,4 +138,4 @@ def test_after_ctrl_c_the_same_command_continues(
     assert "Traceback" not in output
     (checkpoint,) = run.glob("checkpoint-*")
     assert json.loads((checkpoint / "progress.json").read_text())["step"] == int(checkpoint.name[11:]) > 0
-    assert not (tmp_path / "out" / "warm_start").exists(), "no other training was started"
+    assert not (tmp_path / "out" / "no_area").exists(), "no other training was started"

@@ -1,9 +1,7 @@
 """The recipes: what they hand to the training script, short real runs, and how they are stopped."""
 
 import json
-import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +12,7 @@ from training_launch import ROOT, interrupt, train_here
 from transformers import HfArgumentParser
 
 from hf_ttame import TTameModel
-from hf_ttame.launching import Ended
+from hf_ttame.launching import Ended, run_training
 from training.arguments import Arguments, check
 
 RECIPES = ROOT / "training" / "recipes"
@@ -157,13 +155,15 @@ def test_dinov2_small_trains_and_ships(
     assert json.loads((shipped / "training.json").read_text())["steps"] == 2
 
 
-def test_a_wrong_path_is_one_line(twelve_pictures: Path, tmp_path: Path) -> None:
-    command = [sys.executable, RECIPES / "my_dataset.py", "./nothing", twelve_pictures, tmp_path / "run"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=240, env=environment)
-    assert done.returncode == 1
-    assert done.stderr.startswith("training: the backbone './nothing' does not exist")
-    assert len(done.stderr.splitlines()) == 1, done.stderr
+def test_a_wrong_path_is_one_line(
+    recipe: Callable[..., None], twelve_pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        recipe("my_dataset", "./nothing", twelve_pictures, tmp_path / "run", run=run_training)
+    assert ended.value.code == 1
+    errors = capfd.readouterr().err
+    assert errors.startswith("training: the backbone './nothing' does not exist")
+    assert len(errors.splitlines()) == 1, errors
 
 
 @pytest.mark.parametrize(

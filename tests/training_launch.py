@@ -52,7 +52,8 @@ def interrupt(command: Sequence[object], run: Path, number: signal.Signals, *, e
         deadline = time.monotonic() + 200
         while not (run / "log.jsonl").exists() and started.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
-        (os.killpg if everyone else os.kill)(started.pid, number)
+        if started.poll() is None:
+            (os.killpg if everyone else os.kill)(started.pid, number)
         output, _ = started.communicate(timeout=100)  # until nobody holds the pipe
         with pytest.raises(ProcessLookupError):
             os.killpg(started.pid, 0)  # nothing of the group is left
