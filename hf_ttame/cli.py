@@ -305,38 +305,10 @@ def train(context: typer.Context) -> None:
     script = _shipped("training/train.py")
     _require("accelerate", "train")
     _require("datasets", "train")
-    import logging
-    import signal
-    import subprocess
+    from .launching import run_training
 
-    import psutil
-    from accelerate.commands.launch import launch_command, launch_command_parser
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    logging.getLogger("accelerate.commands.launch").setLevel(logging.ERROR)  # which of its defaults it took
-    above = str(Path(__file__).parents[1])
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [above, os.environ.get("PYTHONPATH")]))
-
-    def pass_on(number: int, _: object) -> None:
-        for child in psutil.Process().children():
-            child.send_signal(number)
-
-    # The training saves a checkpoint and ends by itself; this process waits for it. Ctrl-C reaches it anyway, SIGTERM
-    # only this process. With several GPUs torch's launcher takes both over.
-    before = {signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None)}
-    before[signal.SIGTERM] = signal.signal(signal.SIGTERM, pass_on)
-    try:
-        launch_command(launch_command_parser().parse_args([str(script), *context.args]))
-    except subprocess.CalledProcessError as error:  # the training has said why
-        raise typer.Exit(error.returncode if error.returncode > 0 else 128 - error.returncode) from None
-    except ChildFailedError:
-        raise typer.Exit(1) from None
-    except SignalException as error:
-        raise typer.Exit(128 + error.sigval) from None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    if status := run_training(script, context.args).status:  # the training has said why
+        raise typer.Exit(status)
 
 
 _DATASET = typer.Option(help="Pictures: a Hub id, a folder of parquet files or of pictures, a parquet file.")

@@ -162,6 +162,14 @@ def photo() -> Callable[..., Image.Image]:
     return make
 
 
+@pytest.fixture(scope="session")
+def twelve_pictures(photo: Callable[..., Image.Image], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    for seed in range(12):
+        photo(seed=seed).save(folder / f"{seed}.png")
+    return folder
+
+
 @pytest.fixture
 def damaged_avifs(photo: Callable[..., Image.Image], tmp_path: Path) -> Callable[[int], Iterator[Path]]:
     """So many AVIF files with four wrong bytes each, one after the other under one name: bad.avif."""

@@ -5,26 +5,31 @@
 
 What follows `--` goes to training/train.py in every run and must hold pictures to validate on (--holdout or
 --validation). A run that is complete is not repeated, one that was interrupted is resumed: call it again after a kill.
+Ctrl-C and SIGTERM save a checkpoint of the run that is going on, start no other, and end with status 130.
 
 OUTPUT/ablation.md has the means over pictures and seeds with 95 percent bootstrap intervals over the pictures, and the
 paired difference to the paper's form ("base": random start, three layers, black fill); ablation.json the same as
 numbers; ablation.png the differences. Intervals over pictures say nothing about other seeds: the spread over the seeds
-stands beside them.
+stands beside them. "warm start" is there where `--head_init classifier` works: also for a classifier that reads the
+class token, where train.py takes it only when asked.
 """
 
 import argparse
 import importlib
 import json
+import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import HfArgumentParser
 
 from hf_ttame import TTameModel
+from hf_ttame.launching import run_training
+from hf_ttame.layer_choice import find_pooled_classifier
 from hf_ttame.metrics import mean_interval
 from hf_ttame.visualization import plot_intervals
 
@@ -34,6 +39,7 @@ if not __package__:  # launched as a script, in a checkout or as hf_ttame/traini
     sys.path.insert(0, str(here.parents[__package__.count(".")]))
     importlib.import_module(__package__)
 
+from .arguments import Arguments, check
 from .report import write
 
 _MASKS = ("soft 100", "soft 50", "soft 15", "binary 50", "binary 15")
@@ -61,8 +67,10 @@ def variants(backbone: str, pretrained: bool) -> dict[str, list[str]]:
     if any(layer.prefix_tokens for layer in model.layers):
         found["class token multiplied"] = ["--class_token", "multiply"]
     found = {name: ["--head_init", "random", *arguments] for name, arguments in found.items()}
-    warm = TTameModel.from_backbone(backbone, pretrained=pretrained, head_init="auto")
-    if warm.config.head_init == "classifier":
+    noise = torch.randn(
+        2, len(model.config.pixel_scale), *model.config.image_size, generator=torch.Generator().manual_seed(0)
+    )
+    if find_pooled_classifier(model.backbone, noise, or_class_token=True):
         found["warm start"] = ["--head_init", "classifier"]
     return found
 
@@ -118,26 +126,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", help="names of variants; the base is always among them")
-    parser.add_argument("--launch", default=sys.executable, help="such as 'accelerate launch'; default: one process")
+    parser.add_argument("--processes", type=int, default=1, help="GPUs per run")
     arguments = parser.parse_args(own)
-    if not {"--holdout", "--validation"} & set(further):
-        parser.error("give pictures to validate on, after `--`: --holdout 0.1 or --validation PICTURES")
-    grid = variants(arguments.backbone, "--no_pretrained" not in further)
+
+    def command(name: str, seed: int, more: Sequence[str]) -> list[str]:
+        output = str(arguments.output / name.replace(" ", "_") / f"seed_{seed}")
+        where = ["--backbone", arguments.backbone, "--dataset", arguments.dataset, "--output", output]
+        return [*where, "--seed", str(seed), "--resume", *further, *more]
+
+    (asked,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(command("base", arguments.seeds[0], []))
+    check(asked)
+    if not (asked.holdout or asked.validation):
+        raise ValueError("give pictures to validate on, after `--`: --holdout 0.1 or --validation PICTURES")
+    grid = variants(arguments.backbone, asked.pretrained)
     if arguments.only:
-        if unknown := set(arguments.only) - set(grid):
-            parser.error(f"no variant {sorted(unknown)}; there are: {', '.join(grid)}")
+        if unknown := sorted(set(arguments.only) - set(grid)):
+            raise ValueError(
+                f"this backbone has no variant {', '.join(map(repr, unknown))}; it has: {', '.join(grid)}"
+            )
         grid = {name: more for name, more in grid.items() if name == "base" or name in arguments.only}
-    script = str(Path(__file__).with_name("train.py"))
+    script = Path(__file__).with_name("train.py")
     runs: dict[str, list[Path]] = {}
     for name, more in grid.items():
         for seed in arguments.seeds:
-            output = arguments.output / name.replace(" ", "_") / f"seed_{seed}"
-            command = [*arguments.launch.split(), script, "--backbone", arguments.backbone]
-            command += ["--dataset", arguments.dataset, "--output", str(output), "--seed", str(seed), "--resume"]
-            print(f"{name}, seed {seed}", flush=True)
-            if status := subprocess.call([*command, *further, *more]):
-                return status
+            given = command(name, seed, more)
+            output = Path(given[given.index("--output") + 1])
             runs.setdefault(name, []).append(output)
+            complete = (output / "explainer" / "training.json").exists()
+            print(f"{name}, seed {seed}{': complete' if complete else ''}", flush=True)
+            if complete:
+                continue
+            ended = run_training(script, given, ["--num_processes", str(arguments.processes)])
+            if ended.stopped:
+                raise KeyboardInterrupt
+            if ended.status:
+                return ended.status
     table = summarise(runs)
     pictures = len(json.loads((runs["base"][0] / "validation.json").read_text())["mask area"])
     write(arguments.output / "ablation.json", json.dumps({"pictures": pictures, "variants": table}, indent=2) + "\n")
@@ -155,4 +178,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("ablate: stopped; the same command again continues", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        if os.environ.get("TTAME_DEBUG"):
+            raise
+        sys.exit(f"ablate: {error}")

@@ -12,9 +12,10 @@ Which fill? While it trains, the mask replaces what it hides by a fill, and the 
 *in contrast to that*. On everyday photographs black works. Where black means something to your classifier, it does
 not: a black patch looks like a dark lesion on skin or a shadow in an X-ray, and hiding evidence then *adds* evidence.
 "mean" paints the average colour of the training data, "blur" removes shape and keeps local colour. --compare-fills
-trains all three and prints a table, with AD and IC measured with black throughout: a fill whose mask area is near 0 or
-1, or whose binary AD is far above the others', does not suit your data. Look at OUTPUT/FILL/samples.png before you
-decide.
+trains all three and prints a table: a fill whose mask area is near 0 or 1 does not suit your data. AD and IC are
+judged with black in every row, also for runs with another fill: where black adds evidence, they favour the run that
+trained with it and cannot settle the choice. `ttame evaluate OUTPUT/FILL/explainer ... --metrics sanity`, check (e),
+judges an explainer with mean, blur and ROAD's imputation as well. Look at OUTPUT/FILL/samples.png before you decide.
 
 Hardware: a laptop. Expected time: 300 steps of 16 views take about four times as long as classifying 4,800 pictures,
 and the validations come on top; not measured on a dataset of this kind. Figures depend on your data.
@@ -42,6 +43,9 @@ def main() -> None:
         return
     for fill in FILLS:
         train(*where, "--output", f"{output}/{fill}", *COMMAND, "--fill", fill, "--resume", further=further)
+    print(
+        "AD and IC judged with black pixels in every row; with mean, blur and ROAD: `ttame evaluate --metrics sanity`"
+    )
     print(f"{'fill':8s}" + "".join(f"{name:>14s}" for name in SHOWN))
     for fill in FILLS:
         last = json.loads(Path(output, fill, "report.json").read_text())["validations"][-1]
