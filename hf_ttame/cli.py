@@ -106,17 +106,15 @@ def layers(
 ) -> None:
     """List the modules that can be tapped, with their shapes; the defaults are marked with *."""
     _quiet()
-    import torch
-
     from .backbones import load_backbone
+    from .features import probe_noise
     from .image_processing import measure_normalisation
     from .layer_choice import default_layers, find_pooled_classifier, tappable_layers
 
     loaded = load_backbone(name, pretrained=pretrained, revision=revision)
     loaded.model.eval()
     normalisation = measure_normalisation(loaded.processor)
-    shape = (2, len(normalisation.scale), *normalisation.size)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    noise = probe_noise(len(normalisation.scale), normalisation.size)
     try:
         defaults = default_layers(loaded.model, noise)
     except ValueError:
@@ -440,15 +438,14 @@ def explain_dataset(
     _quiet()
     for module in ("accelerate", "datasets"):
         _require(module, "datasets")
-    import torch
     from accelerate import Accelerator
 
     from .explain_dataset import MapPlan
     from .explain_dataset import explain_dataset as run
+    from .precision import PRECISIONS
 
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in kinds:
-        raise ValueError(f"--dtype must be one of {', '.join(kinds)}, got {dtype!r}")
+    if dtype not in PRECISIONS:
+        raise ValueError(f"--dtype must be one of {', '.join(PRECISIONS)}, got {dtype!r}")
     plan = MapPlan(
         dataset,
         split,
@@ -464,7 +461,7 @@ def explain_dataset(
         workers,
     )
     accelerator = Accelerator()
-    explainer = _load(model, backbone).to(kinds[dtype])
+    explainer = _load(model, backbone).to(PRECISIONS[dtype])
     try:
         report = run(explainer, plan, out, accelerator=accelerator, say=typer.echo)
     except KeyboardInterrupt:

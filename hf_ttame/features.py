@@ -98,6 +98,11 @@ def logits_of(output: Any) -> torch.Tensor:
     return output.last_hidden_state if logits is None else logits
 
 
+def probe_noise(channels: int, size: tuple[int, int], seed: int = 0) -> torch.Tensor:
+    """Two pictures of noise (2, channels, H, W), always the same ones: what a backbone is probed with."""
+    return torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(seed))
+
+
 def classify(backbone: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
     """Logits (B, K) of a classifier that returns them plainly or in an output object."""
     return logits_of(run(backbone, pixel_values))

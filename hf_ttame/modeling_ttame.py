@@ -27,7 +27,7 @@ from .cards import is_ours, write_card
 from .configuration_ttame import TTameConfig
 from .disk import writing
 from .explanation import Explanation
-from .features import FeatureLayer, check_names, classify, extract, probe_layers
+from .features import FeatureLayer, check_names, classify, extract, probe_layers, probe_noise
 from .head import TTameHead, start_as_classifier, unsaturate
 from .image_processing import (
     ImageInput,
@@ -178,10 +178,7 @@ class TTameModel(PreTrainedModel):
         outputs = outputs or outputs_of(classifier.config)
         normalisation = measure_normalisation(loaded.processor, input_channels(classifier))
         reference = next(classifier.parameters())
-        noise = torch.randn(
-            2, len(normalisation.scale), *normalisation.size, generator=torch.Generator().manual_seed(0)
-        )
-        noise = noise.to(reference)
+        noise = probe_noise(len(normalisation.scale), normalisation.size).to(reference)
         classifier.eval()
         try:
             with torch.no_grad():

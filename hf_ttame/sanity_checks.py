@@ -18,7 +18,7 @@ from .answers import choose_targets
 from .backbones import Backbone, load_backbone
 from .baselines import make_method
 from .evaluation import Images, Plan, Scan, scan
-from .features import classify
+from .features import classify, probe_noise
 from .head import TTameHead, start_as_classifier
 from .image_processing import measure_normalisation
 from .layer_choice import find_pooled_classifier
@@ -144,8 +144,8 @@ def fresh_head(model: TTameModel, seed: int = 0) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = TTameHead.from_config(config)
-    shape = (2, len(config.pixel_scale), *config.image_size)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(model.device)
+    size = (config.image_size[0], config.image_size[1])
+    noise = probe_noise(len(config.pixel_scale), size, seed).to(model.device)
     if config.head_init == "classifier" and (
         pooled := find_pooled_classifier(model.backbone, noise, or_class_token=True)
     ):

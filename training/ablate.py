@@ -28,6 +28,7 @@ import torch
 from transformers import HfArgumentParser
 
 from hf_ttame import TTameModel
+from hf_ttame.features import probe_noise
 from hf_ttame.launching import run_training
 from hf_ttame.layer_choice import find_pooled_classifier
 from hf_ttame.metrics import mean_interval
@@ -67,9 +68,8 @@ def variants(backbone: str, pretrained: bool) -> dict[str, list[str]]:
     if any(layer.prefix_tokens for layer in model.layers):
         found["class token multiplied"] = ["--class_token", "multiply"]
     found = {name: ["--head_init", "random", *arguments] for name, arguments in found.items()}
-    noise = torch.randn(
-        2, len(model.config.pixel_scale), *model.config.image_size, generator=torch.Generator().manual_seed(0)
-    )
+    size = (model.config.image_size[0], model.config.image_size[1])
+    noise = probe_noise(len(model.config.pixel_scale), size)
     if find_pooled_classifier(model.backbone, noise, or_class_token=True):
         found["warm start"] = ["--head_init", "classifier"]
     return found
@@ -129,9 +129,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=1, help="GPUs per run")
     arguments = parser.parse_args(own)
 
+    def folder(name: str, seed: int) -> Path:
+        return Path(arguments.output, name.replace(" ", "_"), f"seed_{seed}")
+
     def command(name: str, seed: int, more: Sequence[str]) -> list[str]:
-        output = str(arguments.output / name.replace(" ", "_") / f"seed_{seed}")
-        where = ["--backbone", arguments.backbone, "--dataset", arguments.dataset, "--output", output]
+        where = ["--backbone", arguments.backbone, "--dataset", arguments.dataset, "--output", str(folder(name, seed))]
         return [*where, "--seed", str(seed), "--resume", *further, *more]
 
     (asked,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(command("base", arguments.seeds[0], []))
@@ -149,14 +151,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs: dict[str, list[Path]] = {}
     for name, more in grid.items():
         for seed in arguments.seeds:
-            given = command(name, seed, more)
-            output = Path(given[given.index("--output") + 1])
+            output = folder(name, seed)
             runs.setdefault(name, []).append(output)
             complete = (output / "explainer" / "training.json").exists()
             print(f"{name}, seed {seed}{': complete' if complete else ''}", flush=True)
             if complete:
                 continue
-            ended = run_training(script, given, ["--num_processes", str(arguments.processes)])
+            ended = run_training(script, command(name, seed, more), ["--num_processes", str(arguments.processes)])
             if ended.stopped:
                 raise KeyboardInterrupt
             if ended.status:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from hf_ttame import TTameModel
-from hf_ttame.features import inner_module
+from hf_ttame.features import inner_module, probe_noise
 
 TOLERANCE = 1e-3  # of the largest value; folding itself costs about 1e-5
 
@@ -29,8 +29,7 @@ def fold_batch_norms(model: TTameModel) -> int:
     """
     if not any(_foldable(module) for module in model.backbone.modules()):
         return 0
-    shape = (2, len(model.config.pixel_scale), *model.config.image_size)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    noise = probe_noise(len(model.config.pixel_scale), (model.config.image_size[0], model.config.image_size[1]))
     original, folded = model.backbone, copy.deepcopy(model.backbone)
     before = model.features(noise)
     model.backbone = folded
