@@ -2,12 +2,13 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from huggingface_hub import EvalResult
 
 from .card_text import NOT_MEASURED, NOT_RECORDED, escape, number, plain, visible, without_secrets
+from .measures import MEASURES, verdict
 from .saving import is_hub_id
 
 _GROUPS = {  # what can be measured: how the names of its measures begin
@@ -17,37 +18,34 @@ _GROUPS = {  # what can be measured: how the names of its measures begin
     "pointing game": ("pointing game",),
     "grid pointing": ("grid pointing",),
 }
+OWN = "ttame"  # the method of a report that is the explainer itself
+_FURTHER = [
+    m
+    for m in MEASURES
+    if m.better and not m.name.startswith(("AD ", "IC ")) and not m.name.endswith((" mean", " blur", " accuracy"))
+]
 _MASKS = ("soft 100", "soft 50", "soft 15", "binary 50", "binary 15")
 
 
-def normalised(report: Any, measured_on: str | None = None, map_scaling: str | None = None) -> dict[str, Any] | None:
-    """The two forms of report as one; its data in words, as a Hub id, or as "a local folder".
-
-    `map_scaling` is the config's, for a report that does not name its own.
-    `methods` is {method: {measure: value}}, or {method: {"measures": {measure: {"mean", "low", "high"}}, and the
-    cost}}; `difference_to_ttame_95` is {method: {measure: [low, high]}}, `differences` {method: {measure: {"low",
-    "high"}}}.
-    """
+def normalised(report: Any, measured_on: str | None = None) -> dict[str, Any] | None:
+    """What a card needs of a report: its data in words, as a Hub id, or as "a local folder"; per method the means, the
+    intervals {measure: {"mean", "low", "high"}} and the cost."""
     if not isinstance(report, dict) or not isinstance(report.get("methods"), dict):
         return None
     methods: dict[str, dict[str, Any]] = {}
     intervals: dict[str, dict[str, Any]] = {}
     for name, entry in report["methods"].items():
-        measures = entry.get("measures", entry) or {}
-        methods[name] = {m: v.get("mean") if isinstance(v, dict) else v for m, v in measures.items()}
-        intervals[name] = {m: v for m, v in measures.items() if isinstance(v, dict) and "low" in v and "high" in v}
-    differences = dict(report.get("difference_to_ttame_95") or {})
-    for name, table in (report.get("differences") or {}).items():
-        differences[name] = {m: [v["low"], v["high"]] for m, v in table.items() if isinstance(v, dict) and "low" in v}
-    data = str(report.get("dataset") or report.get("data") or NOT_RECORDED)
+        measures = entry.get("measures") or {}
+        methods[name] = {m: v.get("mean") for m, v in measures.items()}
+        intervals[name] = {m: v for m, v in measures.items() if "low" in v and "high" in v}
+    data = str(report.get("data") or NOT_RECORDED)
     shown = data if data == NOT_RECORDED or is_hub_id(data.partition(" ")[0]) else "a local folder"
     return {
         "images": report.get("images"),
         "dataset": measured_on or shown,
-        "map_scaling": report.get("map_scaling") or map_scaling,
         "methods": methods,
         "intervals": intervals,
-        "differences": differences,
+        "differences": report.get("differences") or {},
         "cost": {name: entry for name, entry in report["methods"].items() if "ms_per_map" in entry},
         "environment": report.get("environment") or {},
         "sanity": report.get("sanity") or {},
@@ -55,8 +53,7 @@ def normalised(report: Any, measured_on: str | None = None, map_scaling: str | N
 
 
 def results(report: Mapping[str, Any]) -> list[EvalResult] | None:
-    method = _own_method(report)
-    if method is None:
+    if OWN not in report["methods"]:
         return None
     return [
         EvalResult(
@@ -68,73 +65,29 @@ def results(report: Mapping[str, Any]) -> list[EvalResult] | None:
             metric_name=plain(measure),
             metric_value=value,
         )
-        for measure, value in report["methods"][method].items()
+        for measure, value in report["methods"][OWN].items()
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     ]
 
 
-def _own_method(report: Mapping[str, Any]) -> str | None:
-    """The method of the report that is this explainer's map."""
-    methods = report["methods"]
-    return next((name for name in (f"ttame {report.get('map_scaling')}", "ttame") if name in methods), None)
-
-
-def figures(own: Mapping[str, Any], report: Any) -> str:
+def figures(own: Mapping[str, Any], report: Any, further: Sequence[Any] = ()) -> str:
+    """All figures: of the report, and of further ones on other pictures."""
     if not report or not report["methods"]:
         return _not_measured([*_GROUPS, "latency", "sanity checks"])
     lines = [
-        f"{_count(report['images'])} photographs of {escape(report['dataset'])}, the predicted "
-        "class. Average drop / increase in confidence in percent (lower / higher is better) when only the top 100, 50 "
-        "or 15 % of a map's pixels are kept. Soft masks keep the map's values and favour bright maps: the mean mask "
-        "stands beside them, and binary masks have equal area.",
+        *_confidence(report),
         "",
-        "| map | mean mask | " + " | ".join(_MASKS) + " |",
-        "|---|" + "---|" * (len(_MASKS) + 1),
+        "AD / IC: average drop / increase in confidence in percent (lower / higher is better) when only the top 100, "
+        "50 or 15 % of a map's pixels are kept. Soft masks keep the map's values and favour bright maps: the mean "
+        "mask stands beside them, and binary masks have equal area.",
+        *_further(report),
+        *_beside_others(report),
     ]
-    mine = _own_method(report)
-    for method, values in report["methods"].items():
-        cells = [
-            f"{number(values.get(f'AD {mask}'))} / {number(values.get(f'IC {mask}'))}"
-            if f"AD {mask}" in values or f"IC {mask}" in values
-            else NOT_MEASURED
-            for mask in _MASKS
-        ]
-        shown = f"**{escape(method)} (this explainer)**" if method == mine else escape(method)
-        lines.append(f"| {shown} | {number(values.get('mean mask'), 2)} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "Paired 95 % intervals of this explainer's value minus the other's, bootstrap over the photographs:",
-        "",
-    ]
-    differences = report["differences"]
-    shared = {"mean mask", *(f"{kind} {mask}" for kind in ("AD", "IC") for mask in _MASKS)}
-    for method, values in differences.items():
-        known = [(name, pair) for name, pair in values.items() if name in shared and len(pair) == 2]
-        digits = {"mean mask": 2}
-        text = "; ".join(
-            f"{escape(name)} {number(low, digits.get(name, 1))} to {number(high, digits.get(name, 1))}"
-            for name, (low, high) in known
-        )
-        lines.append(f"- {escape(method)}: {text}")
-    if not differences:
-        lines.append(f"- {NOT_MEASURED}")
-    if mine and report["intervals"].get(mine):
+    if report["intervals"].get(OWN):
         lines += ["", "Every measure of this explainer, with its 95 % interval:", ""]
-        for name, entry in report["intervals"][mine].items():
+        for name, entry in report["intervals"][OWN].items():
             values = [number(entry.get(key), 3) for key in ("mean", "low", "high")]
             lines.append(f"- {escape(name)}: {values[0]} ({values[1]} to {values[2]})")
-    if report["cost"]:
-        device = report["environment"].get("device", NOT_RECORDED)
-        lines += [
-            "",
-            f"Cost of a map on {escape(device)}:",
-            "",
-            "| map | forward | backward | ms |",
-            "|---|---|---|---|",
-        ]
-        for method, entry in report["cost"].items():
-            values = [number(entry.get(key)) for key in ("forward_passes", "backward_passes", "ms_per_map")]
-            lines.append(f"| {escape(method)} | " + " | ".join(values) + " |")
     if report["sanity"]:
         lines += ["", "Sanity checks:", ""]
         for name, check in report["sanity"].items():
@@ -143,9 +96,86 @@ def figures(own: Mapping[str, Any], report: Any) -> str:
             lines.append(f"- {escape(name)}: {value}, must be {must}: {passed}")
     if missing := _missing(report):
         lines += ["", _not_measured(missing)]
+    for other in further:
+        lines += ["", *_confidence(other), *_further(other), *_beside_others(other)]
     if "measured_with" in own:
         lines += ["", "Measured with:", "", *_indented(own["measured_with"])]
     return "\n".join(lines)
+
+
+def _confidence(report: Mapping[str, Any]) -> list[str]:
+    """The table of average drop and increase in confidence."""
+    lines = [
+        f"{_count(report['images'])} photographs of {escape(report['dataset'])}, the predicted class, AD / IC:",
+        "",
+        "| map | mean mask | " + " | ".join(_MASKS) + " |",
+        "|---|" + "---|" * (len(_MASKS) + 1),
+    ]
+    for method, values in report["methods"].items():
+        cells = [
+            f"{number(values.get(f'AD {mask}'))} / {number(values.get(f'IC {mask}'))}"
+            if f"AD {mask}" in values or f"IC {mask}" in values
+            else NOT_MEASURED
+            for mask in _MASKS
+        ]
+        lines.append(f"| {_shown(method)} | {number(values.get('mean mask'), 2)} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _shown(method: str) -> str:
+    return f"**{escape(method)} (this explainer)**" if method == OWN else escape(method)
+
+
+def _further(report: Mapping[str, Any]) -> list[str]:
+    """The table of what is no average drop, and of the cost; of the measures that were taken."""
+    means, cost = report["methods"], report["cost"]
+    measured = [m for m in _FURTHER if any(number(values.get(m.name)) != NOT_MEASURED for values in means.values())]
+    if not measured and not cost:
+        return []
+    arrows = {"lower": " ↓", "higher": " ↑"}
+    titles = [m.name + arrows[m.better] for m in measured] + ["forward", "backward", "ms"] * bool(cost)
+    device = escape(report["environment"].get("device", NOT_RECORDED))
+    lines = [
+        "",
+        "Lower (↓) or higher (↑) is better"
+        + (f"; passes of the classifier and milliseconds for one map, on {device}:" if cost else ":"),
+        "",
+        "| map | " + " | ".join(titles) + " |",
+        "|---|" + "---|" * len(titles),
+    ]
+    for method, values in means.items():
+        cells = [number(values.get(m.name), m.digits) for m in measured]
+        if cost:
+            cells += [
+                number(cost.get(method, {}).get(key)) for key in ("forward_passes", "backward_passes", "ms_per_map")
+            ]
+        lines.append(f"| {_shown(method)} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _beside_others(report: Mapping[str, Any]) -> list[str]:
+    """By measure, the other methods by what the paired intervals of the difference say."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for method, table in report["differences"].items():
+        for measure in MEASURES:
+            if measure.better and isinstance(table.get(measure.name), dict):
+                kinds = found.setdefault(measure.name, {"better": [], "worse": [], "open": []})
+                kinds[verdict(table[measure.name], measure.better)].append(escape(method))
+    lines = [
+        "",
+        "This explainer beside the other maps: better or worse where the paired 95 % interval of the difference "
+        "excludes 0 (bootstrap over the photographs; the intervals stand in the report):",
+        "",
+    ]
+    if not found:
+        return [*lines, f"- {NOT_MEASURED}"]
+    lines += ["| measure | better than | worse than | open |", "|---|---|---|---|"]
+    for measure in MEASURES:
+        if measure.name in found:
+            lines.append(
+                f"| {measure.name} | " + " | ".join(", ".join(names) for names in found[measure.name].values()) + " |"
+            )
+    return lines
 
 
 def _missing(report: Mapping[str, Any]) -> list[str]:

@@ -22,7 +22,7 @@ from .card_figures import figures, normalised, results
 from .card_text import NOT_MEASURED, NOT_RECORDED, code, escape, number, plain, visible, without_secrets
 from .configuration_ttame import TTameConfig
 from .head import TTameHead
-from .records import CARD, TRAINING, check_folder, read_json, report_name
+from .records import CARD, TRAINING, check_folder, further_reports, read_json, report_name
 from .saving import is_hub_id, write_whole
 
 GENERATED = "Written by `ttame card`. Change card.json or report.json and run it again, or remove this line."
@@ -72,9 +72,8 @@ def card_fields(folder: str | os.PathLike, repo_id: str | None = None) -> dict[s
     """The parts of an explainer's card, each as Markdown: the names that stand in `template.md`.
 
     Args:
-        folder: holds `config.json`; and, each optional, `report.json` (of `ttame compare` or of
-            `benchmarks/confidence.py`, see `card_figures.normalised`), `training.json` (as `training/train.py` writes
-            it), and `card.json` (see `_CARD_FIELDS`).
+        folder: holds `config.json`; and, each optional, `report.json` (of `ttame compare`), `training.json` (as
+            `training/train.py` writes it), and `card.json` (see `_CARD_FIELDS`).
         repo_id: where it is published; None: as `card.json` says, else the code loads a folder.
 
     Raises:
@@ -89,8 +88,9 @@ def card_fields(folder: str | os.PathLike, repo_id: str | None = None) -> dict[s
     check_folder(folder)  # figures of another head are not this one's
     report, training = read_json(folder / report_name(folder)), read_json(folder / TRAINING)
     try:
-        measured = normalised(report, own.get("measured_on"), config.map_scaling)
-        return _fields(folder, config, own, measured, _flat(training), repo_id)
+        measured = normalised(report, own.get("measured_on"))
+        further = [normalised(read_json(folder / name), on) for name, on in further_reports(folder).items()]
+        return _fields(folder, config, own, measured, further, _flat(training), repo_id)
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(
             f"a record in {str(folder)!r} does not have the form that `ttame compare` or the training writes: {error}"
@@ -98,7 +98,13 @@ def card_fields(folder: str | os.PathLike, repo_id: str | None = None) -> dict[s
 
 
 def _fields(
-    folder: Path, config: TTameConfig, own: dict[str, Any], report: Any, training: Any, repo_id: str | None
+    folder: Path,
+    config: TTameConfig,
+    own: dict[str, Any],
+    report: Any,
+    further: list[Any],
+    training: Any,
+    repo_id: str | None,
 ) -> dict[str, str]:
     repo_id = repo_id or own.get("repo_id")
     if repo_id is not None:
@@ -111,7 +117,7 @@ def _fields(
         "summary": _summary(config, own, name),
         "facts": "\n".join(f"| {key} | {value} |" for key, value in _facts(folder, config).items()),
         "usage": _usage(config, own, repo_id),
-        "figures": figures(own, report),
+        "figures": figures(own, report, further),
         "pictures": _pictures(own),
         "training": _training(own, training),
         "limits": "\n".join(f"- {limit}" for limit in _limits(config, own, report)),
@@ -135,6 +141,7 @@ _CARD_FIELDS: dict[str, type | tuple[type, ...]] = {
     "base_model": str,  # Hub id of the classifier, where the config has none
     "datasets": list,  # Hub ids of the training data
     "report": str,  # file name, report.json if not given
+    "further_reports": dict,  # {"report_NAME.json": its photographs in words}, measured on other pictures
     "measured_on": str,  # the photographs of the report in words; a folder's name is never shown
     "measured_with": str,  # the command
     "pictures": list,  # [{"path": ..., "caption": ...}]

@@ -319,6 +319,7 @@ _PRECISION = typer.Option(help="Of the passes: float32, or bfloat16 or float16 w
 _JUDGE = typer.Option(help="Sanity: another classifier, folder or Hub id.")
 _SANITY_IMAGES = typer.Option(help="Sanity: images to check on.")
 _SANITY_STEPS = typer.Option(help="Sanity: steps of the head that is retrained.")
+_SHEET = typer.Option(help="Whether to draw contact_sheet.jpg: it shows six of the photographs.")
 _BOXES = typer.Option(help="Column of a box [left, top, right, bottom] in pixels of the picture.")
 
 
@@ -345,6 +346,7 @@ def evaluate(
     judge: Annotated[str | None, _JUDGE] = None,
     sanity_images: Annotated[int, _SANITY_IMAGES] = 64,
     sanity_steps: Annotated[int, _SANITY_STEPS] = 100,
+    contact_sheet: Annotated[bool, _SHEET] = True,
     batch_size: Annotated[int, typer.Option(help="Images per batch.")] = 16,
     precision: Annotated[str, _PRECISION] = "float32",
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
@@ -356,7 +358,7 @@ def evaluate(
         **{"batch_size": batch_size, "precision": precision, "seed": seed, "methods": ("ttame",)},
     }
     checks = {"images": sanity_images, "steps": sanity_steps, "judge": judge}
-    _measure(model, backbone, metrics, plan, output, checks)
+    _measure(model, backbone, metrics, plan, output, checks, contact_sheet)
 
 
 @app.command()
@@ -389,6 +391,7 @@ def compare(
     judge: Annotated[str | None, _JUDGE] = None,
     sanity_images: Annotated[int, _SANITY_IMAGES] = 64,
     sanity_steps: Annotated[int, _SANITY_STEPS] = 100,
+    contact_sheet: Annotated[bool, _SHEET] = True,
     batch_size: Annotated[int, typer.Option(help="Images per batch, and masked copies per pass.")] = 16,
     precision: Annotated[str, _PRECISION] = "float32",
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
@@ -405,7 +408,7 @@ def compare(
         "settings": MethodSettings(rise_masks=rise_masks, batch_size=max(32, batch_size), seed=seed),
     }
     checks = {"images": sanity_images, "steps": sanity_steps, "judge": judge}
-    _measure(model, backbone, metrics, plan, output, checks)
+    _measure(model, backbone, metrics, plan, output, checks, contact_sheet)
 
 
 @app.command()
@@ -478,7 +481,13 @@ def explain_dataset(
 
 
 def _measure(
-    model: str, backbone: str | None, metrics: str, plan: dict[str, Any], output: Path, checks: dict[str, Any]
+    model: str,
+    backbone: str | None,
+    metrics: str,
+    plan: dict[str, Any],
+    output: Path,
+    checks: dict[str, Any],
+    contact_sheet: bool,
 ) -> None:
     """Run an evaluation; with "sanity" among the metrics, the sanity checks too."""
     _quiet()
@@ -506,7 +515,7 @@ def _measure(
         kept = output if accelerator.is_main_process else None
         sanity = run_checks(explainer.to(accelerator.device), made, say=accelerator.print, folder=kept, **checks)
     try:
-        report = compare(explainer, made, output, accelerator=accelerator, sanity=sanity)
+        report = compare(explainer, made, output, accelerator=accelerator, sanity=sanity, contact_sheet=contact_sheet)
     except KeyboardInterrupt:
         typer.echo(
             f"interrupted; what is measured stands in {output}: run the same command again to continue", err=True

@@ -375,6 +375,7 @@ def compare(
     accelerator: Any = None,
     progress: bool = True,
     sanity: dict[str, Any] | None = None,
+    contact_sheet: bool = True,
 ) -> dict[str, Any]:
     """Measure every method of the plan and write the report into `output`; an interrupted run continues.
 
@@ -385,6 +386,7 @@ def compare(
         accelerator: of Accelerate, where several processes share the work.
         progress: draw a bar with the time left.
         sanity: results of `sanity_checks.run_checks`, for the report.
+        contact_sheet: draw it; it shows six of the photographs.
 
     Returns:
         The report, see `reporting.write_report`.
@@ -487,7 +489,8 @@ def compare(
         "environment": environment(model.device, plan.batch_size, plan.precision),
     }
     kept = {key: row for key, row in everything.items() if key[2] in names}
-    return write_report(output, kept, methods, facts, sheet_pictures(model, plan, sheet), sanity)
+    shown = sheet_pictures(model, plan, sheet) if contact_sheet else {}
+    return write_report(output, kept, methods, facts, shown, sanity)
 
 
 def sheet_pictures(model: TTameModel, plan: Plan, sheet: dict[int, int]) -> dict[int, tuple[Image.Image, str]]:

@@ -17,7 +17,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.utils import HfHubHTTPError, RepositoryNotFoundError, validate_repo_id
 
 from .cards import is_ours, write_card
-from .records import CARD, REPORT, TRAINING, check_folder, read_json, report_name
+from .records import CARD, FURTHER_REPORT, REPORT, TRAINING, check_folder, read_json, report_name
 from .saving import (
     HUB_ERRORS,
     LABELS,
@@ -40,6 +40,8 @@ KINDS = ("model", "dataset", "space")
 _MODEL_FILES = re.compile(
     r"(backbone/)?(config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|"
     r"preprocessor_config\.json)|README\.md|LICENSE(\.\w+)?|(report|training|card)\.json|report\.md|"
+    + FURTHER_REPORT.pattern
+    + "|"
     + re.escape(REMOTE_MODULE)
 )
 _RECORDS = (REPORT, "report.md", TRAINING, CARD)
@@ -211,7 +213,8 @@ def push_folder(
         stale: list[str] = []
         if kind == "model":
             there = patiently(lambda: api.list_repo_files(repo_id, repo_type=kind, revision=revision))
-            records = {*_RECORDS, *_report_there(api, repo_id, revision, there)}
+            records = {*_RECORDS, *filter(FURTHER_REPORT.fullmatch, there)}
+            records |= set(_report_there(api, repo_id, revision, there))
             stale = _stale(there, {file.relative_to(folder).as_posix() for file in sent}, records)
             if "README.md" in there and is_ours(folder / "README.md") and not _is_ours_there(api, repo_id, revision):
                 sent = [file for file in sent if file != folder / "README.md"]
@@ -371,7 +374,8 @@ def check_contents(folder: Path, files: list[Path], include_examples: bool = Fal
         pattern = PATH_IN_CODE if file.suffix in _CODE else PATH_IN_TEXT
         found = [place for _, value in entries for place in pattern.findall(value)]
         places += [place for place in found if place != _NOBODYS_HOME]
-        if name in (report, REPORT, TRAINING):  # "data/patients test": a folder's name in front of what was read of it
+        # "data/patients test": a folder's name in front of what was read of it
+        if name in (report, REPORT, TRAINING) or FURTHER_REPORT.fullmatch(name):
             sources = [value for key, value in entries if key in _SOURCES]
             places += [s for s in sources if re.search(r"[/\\]", s.split(" ")[0]) and not is_hub_id(s.split(" ")[0])]
         if places:

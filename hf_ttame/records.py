@@ -7,6 +7,7 @@ backbone and for other settings that make the maps.
 
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,12 +23,14 @@ from .configuration_ttame import TTameConfig
 from .saving import HUB_ERRORS, patiently, without_tokens
 
 REPORT, TRAINING, CARD = "report.json", "training.json", "card.json"
+FURTHER_REPORT = re.compile(r"report_\w+\.json")
 _UNREADABLE: tuple[type[Exception], ...] = (*HUB_ERRORS, ValueError)
 _MAP_FACTS = (  # of the config: with another value the same head gives other maps
     *("backbone_fingerprint", "feature_layers", "image_size", "pixel_scale", "pixel_shift", "processor_backend"),
     *("map_size", "skip_connection", "batch_norm", "branch_activation", "last_layer_relu", "class_token"),
     *("classifier_outputs", "map_scaling"),
 )
+_OF_THE_FOLDER = ("report", "further_reports", "repo_id")  # of card.json: they do not follow the head
 _MAX_BYTES = 32 << 20  # a larger record of a repository is not read
 
 
@@ -102,7 +105,7 @@ def check_head(name: str, record: Any, head: str | None, config: Any = None) -> 
 def check_folder(folder: Path) -> None:
     """Raise ValueError where a report or training record in the folder is about another head."""
     head = None
-    for name in sorted({report_name(folder), REPORT, TRAINING}):
+    for name in sorted({report_name(folder), REPORT, TRAINING, *further_reports(folder)}):
         if (record := read_json(folder / name)) is not None:
             head = head or fingerprint_of_folder(folder)
             check_head(name, record, head, read_json(folder / "config.json"))
@@ -115,6 +118,18 @@ def report_name(folder: Path) -> str:
     if not isinstance(name, str) or Path(name).name != name or not name.endswith(".json"):
         raise ValueError(f"the report of card.json must be a .json file beside it, got {name!r}")
     return name
+
+
+def further_reports(folder: Path) -> dict[str, str]:
+    """Files beside the report that card.json names, measured on other pictures: {file name: its pictures in words}."""
+    own = read_json(folder / CARD)
+    found = own.get("further_reports", {}) if isinstance(own, dict) else {}
+    if not isinstance(found, dict) or not all(
+        FURTHER_REPORT.fullmatch(name) and isinstance(words, str) and (folder / name).is_file()
+        for name, words in found.items()
+    ):
+        raise ValueError(f"further_reports of card.json must be {{'report_NAME.json': words}}, got {found!r}")
+    return found
 
 
 def read_json(file: Path) -> Any:
@@ -169,7 +184,7 @@ class Records:
             if not isinstance(record, dict):
                 continue
             if name == CARD:
-                yield name, {key: value for key, value in record.items() if key not in ("report", "repo_id")}
+                yield name, {key: value for key, value in record.items() if key not in _OF_THE_FOLDER}
             elif record.get("head_fingerprint") == head:
                 yield name, record
 

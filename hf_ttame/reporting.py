@@ -3,7 +3,6 @@
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from PIL import Image
 
 from .baselines import Method
 from .disk import whole
+from .measures import FAITHFULNESS, MEASURES, ORDERS, PLACES, Measure, verdict
 from .metrics import area_under
 from .metrics.bootstrap import Interval, mean_intervals
 from .metrics.insertion_deletion import STARTS
@@ -22,43 +22,6 @@ from .saving import write_whole
 from .visualization import contact_sheet, overlay
 
 Rows = dict[tuple[str, int, str], dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Measure:
-    """A column of the report. better: "lower", "higher", or "" where neither is. judged: counts in the verdict."""
-
-    name: str
-    better: str
-    digits: int = 1
-    table: str = "image"
-    judged: bool = False
-
-
-_SHARES = ("soft 100", "soft 50", "soft 15", "binary 50", "binary 15")
-_JUDGED_IC = ("soft 100", "soft 50", "binary 50")  # IC 15 is reported and not judged
-FAITHFULNESS = (
-    Measure("mean mask", "", 2),
-    *(Measure(f"AD {share}", "lower", judged=True) for share in _SHARES),
-    *(Measure(f"IC {share}", "higher", judged=share in _JUDGED_IC) for share in _SHARES),
-)
-ORDERS = (
-    Measure("ROAD MoRF confidence", "lower"),
-    Measure("ROAD MoRF accuracy", "lower"),
-    Measure("ROAD LeRF confidence", "higher"),
-    Measure("ROAD LeRF accuracy", "higher"),
-    *(Measure(f"insertion {start}", "higher", 3) for start in STARTS),
-    *(Measure(f"deletion {start}", "lower", 3) for start in STARTS),
-)
-PLACES = (
-    Measure("grid pointing", "higher", table="mosaic"),
-    Measure("pointing game", "higher"),
-    Measure("energy in box", "higher"),
-    Measure("ADCC", "higher"),
-    Measure("entropy", "", 3),
-    Measure("area", "", 2),
-)
-MEASURES = (*FAITHFULNESS, *ORDERS, *PLACES)
 
 
 def per_image(row: dict[str, Any], measure: Measure) -> float:
@@ -119,17 +82,6 @@ def summarise(rows: Rows, methods: Sequence[str]) -> dict[str, Any]:
             if interval is not None:
                 differences[methods[1 + index]][measure.name] = _rounded(interval)
     return {"means": means, "differences": differences, "common": common}
-
-
-def verdict(difference: dict[str, float] | None, better: str) -> str:
-    """ "better", "worse" or "open" for the first method: its paired interval excludes 0 on one side, or does not."""
-    if difference is None or not better:
-        return "not measured"
-    if difference["high"] < 0:
-        return "better" if better == "lower" else "worse"
-    if difference["low"] > 0:
-        return "better" if better == "higher" else "worse"
-    return "open"
 
 
 def costs(rows: Rows, methods: Sequence[str]) -> dict[str, dict[str, float]]:

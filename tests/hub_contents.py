@@ -43,7 +43,7 @@ def fill(hub: Hub, work: Path, vit_folder: Path) -> None:
     TTameModel.from_backbone(vit_folder).save_pretrained(ready)
     hub.put("org/ready", ready)
     head = {"head_fingerprint": fingerprint_of_folder(ready)}
-    report = {"images": 12, "methods": {"ttame": {"AD soft 50": 20.25}}, **head}
+    report = {"images": 12, "methods": {"ttame": {"measures": {"AD soft 50": {"mean": 20.25}}}}, **head}
     records = {"report.json": report, "training.json": {"steps": 77, **head}, "card.json": {"license": "mit"}}
     for name, record in records.items():
         (ready / name).write_text(json.dumps(record))

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from hf_ttame import TTameModel
-
 ROOT = Path(__file__).parents[1]
 
 
@@ -34,27 +32,6 @@ def test_inference_ends_in_one_json_line(monkeypatch, capsys):
         assert figures[f"{variant}_ms"] > 0
     assert figures["largest_map_difference"] < 1e-3
     assert "memory" not in figures
-
-
-def test_confidence_with_fewer_methods_and_half_the_bits(monkeypatch, capsys, tmp_path, vit_folder, photo):
-    pytest.importorskip("pytorch_grad_cam")
-    for number in range(3):
-        photo(seed=number).save(tmp_path / f"{number}.png")
-    TTameModel.from_backbone(vit_folder).save_pretrained(tmp_path / "explainer")
-    where = ("--model", str(tmp_path / "explainer"), "--dataset", str(tmp_path), "--split", "train")
-    run(monkeypatch, "confidence.py", *where, "--methods", "gradcam", "--precision", "bfloat16")
-    half = json.loads(capsys.readouterr().out)
-    assert half["precision"] == "bfloat16"
-    assert {name.split()[0] for name in half["methods"]} == {"gradcam", "ttame"}
-    assert half["images"] == 3
-    run(monkeypatch, "confidence.py", *where, "--methods", "random")
-    whole = json.loads(capsys.readouterr().out)
-    assert (whole["precision"], list(whole["methods"])) == ("float32", ["random", "ttame sigmoid", "ttame logits"])
-    one, other = (report["methods"]["ttame sigmoid"]["mean mask"] for report in (half, whole))
-    assert one == pytest.approx(other, abs=0.02)
-    with pytest.raises(SystemExit):
-        run(monkeypatch, "confidence.py", *where, "--methods", "gradcm")
-    assert "--methods must be of random, gaussian, gradcam, ttame, got gradcm" in capsys.readouterr().err
 
 
 @pytest.mark.slow

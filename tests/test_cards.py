@@ -38,6 +38,14 @@ def put(folder: Path, name: str, record: dict) -> None:
     (folder / name).write_text(json.dumps({**record, "head_fingerprint": fingerprint_of_folder(folder)}))
 
 
+def methods_of(**means: dict) -> dict:
+    """The methods of a report as `ttame compare` writes them, from {method: {measure: mean}}."""
+    return {
+        name: {"measures": {measure: {"mean": mean} for measure, mean in values.items()}}
+        for name, values in means.items()
+    }
+
+
 @pytest.mark.parametrize("name", WRITTEN)
 def test_written_cards_are_what_their_facts_render(name):
     text = (CARDS / name / "README.md").read_text()
@@ -65,32 +73,22 @@ def test_a_card_without_a_report_has_no_figures(name):
     assert "How faithful these maps are was not measured." in text
 
 
-def test_the_card_of_the_shipped_head_has_its_measured_figures():
-    report = json.loads((CARDS / "efficientnet_lite0" / "confidence_imagenette_validation.json").read_text())
-    check_figures("efficientnet_lite0", "ttame sigmoid", report["methods"]["ttame sigmoid"])
-    low, high = report["difference_to_ttame_95"]["gradcam blocks.6"]["AD soft 50"]
-    assert f"AD soft 50 {low:.1f} to {high:.1f}" in (CARDS / "efficientnet_lite0" / "README.md").read_text()
-
-
-def test_the_card_of_dinov2_has_the_figures_of_its_comparison():
-    report = json.loads((CARDS / "dinov2_small" / "report.json").read_text())
-    measures = report["methods"]["ttame"]["measures"]
-    check_figures("dinov2_small", "ttame", {name: interval["mean"] for name, interval in measures.items()})
-    difference = report["differences"]["gradcam"]["AD soft 50"]
-    text = (CARDS / "dinov2_small" / "README.md").read_text()
-    assert f"AD soft 50 {difference['low']:.1f} to {difference['high']:.1f}" in text
-
-
-def check_figures(name: str, method: str, own: dict[str, float]) -> None:
-    """The card's table and metadata hold what the report says of its own explainer."""
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "dinov2_small"])
+def test_the_card_has_the_figures_of_its_comparison(name):
+    """The card's tables and metadata hold what the report says of the explainer and of Grad-CAM."""
+    report = json.loads((CARDS / name / "report.json").read_text())
     text = (CARDS / name / "README.md").read_text()
-    row = next(line for line in text.splitlines() if f"{method} (this explainer)" in line)
+    own = {measure: interval["mean"] for measure, interval in report["methods"]["ttame"]["measures"].items()}
+    row = next(line for line in text.splitlines() if "ttame (this explainer)" in line)
     cells = [cell.strip() for cell in row.strip("|").split("|")][2:]
     expected = [(own[f"AD {m}"], own[f"IC {m}"]) for m in ("soft 100", "soft 50", "soft 15", "binary 50", "binary 15")]
     assert cells == [f"{drop:.1f} / {increase:.1f}" for drop, increase in expected]
     results = {result.metric_type: result.metric_value for result in ModelCard(text).data.eval_results}
     assert results["ad_soft_100"] == own["AD soft 100"]
     assert len(results) == len(own)
+    line = next(line for line in text.splitlines() if line.startswith("| AD soft 50 |"))
+    column = ["better", "worse", "open"].index(report["verdicts"]["gradcam"]["AD soft 50"])
+    assert "gradcam" in line.strip("| ").split(" | ")[1 + column].split(", ")
 
 
 def test_the_trained_head_of_dinov2_fits_its_classifier():
@@ -132,7 +130,7 @@ def test_training_record_and_report(folder, tmp_path):
     put(
         tmp_path / "x",
         "report.json",
-        {"images": 12, "dataset": "d", "methods": {"ttame": {"AD soft 50": 20.25}, "rise": {}}},
+        {"images": 12, "data": "d", "methods": methods_of(ttame={"AD soft 50": 20.25}, rise={})},
     )
     card = render_card(tmp_path / "x")
     assert "- Data: org/pictures" in card
@@ -140,7 +138,7 @@ def test_training_record_and_report(folder, tmp_path):
     row = next(line for line in card.splitlines() if "(this explainer)" in line)
     assert row.count("not measured") == 6  # the mean mask, four kinds of mask, and IC soft 50
     assert "20.2 / not measured" in row
-    assert "- not measured" in card.split("Paired")[1]  # no intervals in this report
+    assert "- not measured" in card.split("beside the other maps")[1]  # no intervals in this report
     put(tmp_path / "x", "training.json", {"dataset": f"{HOME}/patients"})
     assert "/home" not in render_card(tmp_path / "x")
 
@@ -167,8 +165,8 @@ def test_a_report_of_ttame_compare(folder, tmp_path):
     assert "40 photographs of a local folder" in card
     assert "| **ttame (this explainer)** | not measured | not measured | 30.1 / not measured |" in card
     assert "- ROAD MoRF accuracy: 30.125 (29.125 to 31.125)" in card
-    assert "- gradcam: AD soft 50 -13.2 to -8.8" in card
-    assert "| ttame | 1.0 | 0.0 | 12.2 |" in card
+    assert "| AD soft 50 | gradcam |  |  |" in card
+    assert "| **ttame (this explainer)** | 1.0 | 0.0 | 12.2 |" in card
     assert "- randomised: 0.5, must be &lt; 0.3: **not passed**" in card
     assert {r.metric_type: r.metric_value for r in ModelCard(card).data.eval_results}["ad_soft_50"] == 30.125
 
@@ -185,14 +183,14 @@ def test_only_numbers_of_this_explainer_are_its_figures(folder, tmp_path):
     config = json.loads((tmp_path / "x/config.json").read_text())
     (tmp_path / "x/config.json").write_text(json.dumps({**config, "backbone": "org/vit"}))
     own = {"AD soft 50": 1.5, "IC soft 50": float("nan"), "ok": True}
-    report = {"methods": {"ttame random": {"AD soft 50": 99.0}, "ttame": own}}
+    report = {"methods": methods_of(random={"AD soft 50": 99.0}, ttame=own)}
     put(tmp_path / "x", "report.json", report)
     card = render_card(tmp_path / "x")
     assert [result.metric_value for result in ModelCard(card).data.eval_results] == [1.5]
     assert "1.5 / not measured" in card
     assert "**ttame (this explainer)**" in card
     assert "; included |" in card
-    put(tmp_path / "x", "report.json", {"methods": {"ttame random": {"AD soft 50": 99.0}}})
+    put(tmp_path / "x", "report.json", {"methods": methods_of(random={"AD soft 50": 99.0})})
     assert "(this explainer)" not in render_card(tmp_path / "x")
 
 
@@ -200,7 +198,7 @@ def test_only_numbers_of_this_explainer_are_its_figures(folder, tmp_path):
 def test_a_record_of_another_head_is_refused(folder, tmp_path, name):
     """The same folder trained on: its old report must not stand beside the new head, in no card and on no Hub."""
     shutil.copytree(folder, tmp_path / "x")
-    put(tmp_path / "x", name, {"images": 12, "methods": {"ttame": {"AD soft 50": 20.25}}, "steps": 77})
+    put(tmp_path / "x", name, {"images": 12, "methods": methods_of(ttame={"AD soft 50": 20.25}), "steps": 77})
     assert re.search("20.2|steps 77", render_card(tmp_path / "x"))
     model = TTameModel.from_pretrained(tmp_path / "x")
     with torch.no_grad():
@@ -213,7 +211,7 @@ def test_a_record_of_another_head_is_refused(folder, tmp_path, name):
     (tmp_path / "x/card.json").write_text(json.dumps({"report": "other.json"}))  # the old one would still be sent
     with pytest.raises(ValueError, match=f"{name} is about another head"):
         render_card(tmp_path / "x")
-    (tmp_path / "x" / name).write_text(json.dumps({"methods": {"ttame": {"AD soft 50": 1}}, "steps": 77}))
+    (tmp_path / "x" / name).write_text(json.dumps({"methods": methods_of(ttame={"AD soft 50": 1}), "steps": 77}))
     with pytest.raises(ValueError, match=f"{name} does not say which head it is about"):
         render_card(tmp_path / "x")
 
@@ -257,7 +255,7 @@ def test_what_compare_measured_is_shown_and_names_no_folder(folder, tmp_path, ph
 def test_records_follow_their_head(folder, tmp_path):
     """What was measured and trained goes along, whoever saves or publishes the loaded explainer again."""
     shutil.copytree(folder, tmp_path / "x")
-    put(tmp_path / "x", "measured.json", {"images": 12, "methods": {"ttame": {"AD soft 50": 20.25}}})
+    put(tmp_path / "x", "measured.json", {"images": 12, "methods": methods_of(ttame={"AD soft 50": 20.25})})
     put(tmp_path / "x", "training.json", {"steps": 77})
     facts = {"license": "mit", "repo_id": "org/first", "report": "measured.json"}
     (tmp_path / "x/card.json").write_text(json.dumps(facts))
@@ -278,7 +276,7 @@ def test_records_follow_their_head(folder, tmp_path):
 def test_records_do_not_follow_to_other_maps(folder, tmp_path):
     """The same head with another backbone, or another scaling of the map, was not measured."""
     shutil.copytree(folder, tmp_path / "x")
-    put(tmp_path / "x", "report.json", {"images": 12, "methods": {"ttame": {"AD soft 50": 20.25}}})
+    put(tmp_path / "x", "report.json", {"images": 12, "methods": methods_of(ttame={"AD soft 50": 20.25})})
     put(tmp_path / "x", "training.json", {"steps": 77})
     with pytest.warns(UserWarning, match="are not those the head was trained on"):
         other = TTameModel.from_pretrained(tmp_path / "x", backbone=make_vit(seed=1))
@@ -300,19 +298,12 @@ def test_a_report_of_other_maps_is_refused(folder, tmp_path, key, inside):
     own = json.loads((tmp_path / "x/config.json").read_text())[key]
     for value, right in ((own, True), ("logits", False)):
         facts = {"settings": {key: value}} if inside else {key: value}
-        put(tmp_path / "x", "report.json", {"methods": {"ttame": {"AD soft 50": 20.25}}, **facts})
+        put(tmp_path / "x", "report.json", {"methods": methods_of(ttame={"AD soft 50": 20.25}), **facts})
         if right:
             assert "20.2" in render_card(tmp_path / "x")
         else:
             with pytest.raises(ValueError, match=f"about maps with {key} 'logits', the config here says"):
                 render_card(tmp_path / "x")
-
-
-def test_the_row_of_this_explainer_is_that_of_its_scaling(folder, tmp_path):
-    shutil.copytree(folder, tmp_path / "x")
-    methods = {"ttame logits": {"AD soft 50": 1.5}, "ttame sigmoid": {"AD soft 50": 2.5}}
-    put(tmp_path / "x", "report.json", {"methods": methods})  # it does not say which scaling is the explainer's
-    assert "**ttame sigmoid (this explainer)**" in render_card(tmp_path / "x")
 
 
 @pytest.mark.parametrize(("classes", "shown"), [(1, 1), (2, 2), (7, 3)])
@@ -329,31 +320,60 @@ def test_groups_that_were_not_measured_are_named(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "x")
     line = "Insertion and deletion, pointing game, latency, sanity checks: **not measured**."
     values = {"AD soft 50": 20.25, "ROAD MoRF accuracy": 3.0, "grid pointing": 50.0, "insertion black": None}
-    put(tmp_path / "x", "report.json", {"methods": {"ttame": values}})
+    put(tmp_path / "x", "report.json", {"methods": methods_of(ttame=values)})
     assert line in render_card(tmp_path / "x").splitlines()
 
 
 def test_the_shipped_explainer_can_be_published_with_its_card(tmp_path):
-    """As its card is written, under a Hub id, and with its report, which has a name of its own."""
+    """As its card is written, under a Hub id, and with its reports."""
     target = Path(shutil.copytree(ASSET, tmp_path / "x"))
-    for name in ("card.json", "confidence_imagenette_validation.json", "README.md"):
+    names = {"report.json", "report_imagenet_samples.json", "card.json", "training.json"}
+    for name in (names - {"training.json"}) | {"README.md"}:
         shutil.copy(CARDS / "efficientnet_lite0" / name, target)
     write_card(target, "org/ttame-lite0")
     sent = files_to_push(target, "model")[0]
-    assert {"confidence_imagenette_validation.json", "card.json", "training.json"} <= {file.name for file in sent}
+    assert names <= {file.name for file in sent}
     check_contents(target, sent)
-    assert "ttame sigmoid (this explainer)" in (target / "README.md").read_text()
+    assert (target / "README.md").read_text().count("ttame (this explainer)") >= 4  # two tables each
+
+
+def test_further_reports(folder, tmp_path):
+    """Figures on other pictures stand below; they too must be about this head."""
+    shutil.copytree(folder, tmp_path / "x")
+    put(tmp_path / "x", "report.json", {"images": 12, "methods": methods_of(ttame={"AD soft 50": 20.25})})
+    put(tmp_path / "x", "report_other.json", {"images": 34, "methods": methods_of(ttame={"AD soft 50": 31.5})})
+    assert "31.5" not in render_card(tmp_path / "x")  # nobody asked
+    (tmp_path / "x/card.json").write_text(json.dumps({"further_reports": {"report_other.json": "another set"}}))
+    card = render_card(tmp_path / "x")
+    assert "34 photographs of another set" in card
+    assert card.index("20.2") < card.index("31.5")
+    assert {r.metric_value for r in ModelCard(card).data.eval_results} == {20.25}
+    write_card(tmp_path / "x")
+    assert tmp_path / "x/report_other.json" in files_to_push(tmp_path / "x", "model")[0]
+    for wrong in ({"report_missing.json": "x"}, {"../report_other.json": "x"}, {"report_other.json": 3}, ["x"]):
+        (tmp_path / "x/card.json").write_text(json.dumps({"further_reports": wrong}))
+        with pytest.raises(ValueError, match=r"further_reports|card\.json may hold"):
+            render_card(tmp_path / "x")
+    (tmp_path / "x/card.json").write_text(json.dumps({"further_reports": {"report_other.json": "another set"}}))
+    (tmp_path / "x/report_other.json").write_text(json.dumps({"head_fingerprint": "0", "methods": {}}))
+    with pytest.raises(ValueError, match=r"report_other\.json is about another head"):
+        render_card(tmp_path / "x")
 
 
 @pytest.mark.parametrize("name", ["patients_smith validation", f"{HOME}/x", "a/b/c test"])
 def test_the_folder_of_a_report_is_not_named(folder, tmp_path, name):
     shutil.copytree(folder, tmp_path / "x")
-    for key in ("dataset", "data"):
-        put(tmp_path / "x", "report.json", {"images": 12, key: name, "methods": {"ttame": {"AD soft 50": 20.25}}})
-        card = render_card(tmp_path / "x")
-        assert "12 photographs of a local folder" in card
-        assert name.split()[0] not in card
-    put(tmp_path / "x", "report.json", {"images": 12, "data": "org/set test", "methods": {"ttame": {"AD soft 50": 1}}})
+    put(
+        tmp_path / "x", "report.json", {"images": 12, "data": name, "methods": methods_of(ttame={"AD soft 50": 20.25})}
+    )
+    card = render_card(tmp_path / "x")
+    assert "12 photographs of a local folder" in card
+    assert name.split()[0] not in card
+    put(
+        tmp_path / "x",
+        "report.json",
+        {"images": 12, "data": "org/set test", "methods": methods_of(ttame={"AD soft 50": 1})},
+    )
     (tmp_path / "org/set").mkdir(parents=True)
     with contextlib.chdir(tmp_path):  # the same card, whatever lies in the current directory
         assert "12 photographs of org/set test" in render_card(tmp_path / "x")
@@ -419,7 +439,11 @@ def test_no_path_and_no_token_in_any_field(folder, tmp_path, secret):
     )
     words |= {"limits": [secret], "licences": {"data": secret}, "classifier_python": [f"x = '{secret}'"]}
     (tmp_path / "x/card.json").write_text(json.dumps({**words, "pictures": [{"path": "a.png", "caption": secret}]}))
-    put(tmp_path / "x", "report.json", {"methods": {secret: {"AD soft 50": 1}, "ttame": {"AD soft 50": 1}}})
+    put(
+        tmp_path / "x",
+        "report.json",
+        {"methods": methods_of(**{secret: {"AD soft 50": 1}, "ttame": {"AD soft 50": 1}})},
+    )
     put(tmp_path / "x", "training.json", {"optimizer": secret, "last": {secret: 1}})
     card = render_card(tmp_path / "x")
     assert secret not in card
@@ -458,7 +482,7 @@ def test_no_control_or_direction_characters_in_code(folder, tmp_path):
     (tmp_path / "x/config.json").write_text(json.dumps({**config, "backbone_included": False}))
     own = {"classifier_python": ["if a:", "\tb = 'c\u202ed\x1be'"], "measured_with": "run\u2066 it\x07\n\tnow"}
     (tmp_path / "x/card.json").write_text(json.dumps(own))
-    put(tmp_path / "x", "report.json", {"methods": {"ttame": {"AD soft 50": 1}}})
+    put(tmp_path / "x", "report.json", {"methods": methods_of(ttame={"AD soft 50": 1})})
     card = render_card(tmp_path / "x")
     assert "if a:\n    b = 'cde'\n" in card
     assert "    run it\n        now\n" in card
@@ -485,8 +509,8 @@ def test_hostile_text_has_no_power(folder, tmp_path):
     config["feature_layers"][0]["name"] = HOSTILE
     config["id2label"]["0"] = HOSTILE
     (tmp_path / "x/config.json").write_text(json.dumps(config))
-    methods = {HOSTILE: {"AD soft 50": HOSTILE}, "ttame": {}}
-    put(tmp_path / "x", "report.json", {"images": HOSTILE, "dataset": HOSTILE, "methods": methods})
+    methods = methods_of(**{HOSTILE: {"AD soft 50": HOSTILE}, "ttame": {}})
+    put(tmp_path / "x", "report.json", {"images": HOSTILE, "data": HOSTILE, "methods": methods})
     put(tmp_path / "x", "training.json", {"dataset": HOSTILE, "steps": HOSTILE, "last": {HOSTILE: 1}})
     card = render_card(tmp_path / "x")
     _, front, body = card.split("---\n", 2)

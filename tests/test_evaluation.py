@@ -21,11 +21,12 @@ from hf_ttame import evaluation as module
 from hf_ttame.baselines import FROM_THE_HEAD, MethodSettings, expand_names, make_method
 from hf_ttame.evaluation import Images, Plan, Scan, compare
 from hf_ttame.evaluation_rows import Store, read_rows, write_rows
+from hf_ttame.measures import FAITHFULNESS, Measure, verdict
 from hf_ttame.metrics import mean_interval
 from hf_ttame.passes import PassBar
 from hf_ttame.pictures import parse_where
 from hf_ttame.precision import passes_in
-from hf_ttame.reporting import FAITHFULNESS, Measure, columns_of, markdown_table, summarise, verdict
+from hf_ttame.reporting import columns_of, markdown_table, summarise
 
 ROOT = Path(__file__).parents[1]
 METHODS = ("gradcam", "scorecam", "ones", "random-blob")
@@ -353,7 +354,9 @@ def test_a_new_head_measures_only_its_own_rows_and_the_old_ones_are_kept(
     monkeypatch.setattr(module, "measure_batch", noted)
     other = copy.deepcopy(model)
     torch.nn.init.normal_(other.head.fuser.weight, generator=torch.Generator().manual_seed(5))
-    report = compare(other, plan(pictures), output, progress=False)
+    report = compare(other, plan(pictures), output, progress=False, contact_sheet=False)
+    assert "contact_sheet.jpg" in finished[1]["pictures"].values()
+    assert "contact_sheet.jpg" not in report["pictures"].values()
     assert set(measured) == {name for name in METHODS if name in FROM_THE_HEAD} | {"ttame"}
     before, after = finished[1]["methods"], report["methods"]
     assert after["gradcam"] == before["gradcam"]

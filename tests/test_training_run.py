@@ -281,6 +281,18 @@ def test_an_interrupted_run_saves_first(server: Any, backbone: str, parquet: Pat
     assert_same(tmp_path / "whole", tmp_path / "stopped")
 
 
+def test_ctrl_c_during_the_imports_ends_without_a_traceback() -> None:
+    script = Path(__file__).parents[1] / "training" / "train.py"
+    with subprocess.Popen(
+        [sys.executable, "-X", "importtime", str(script)], stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr
+        assert any("torch" in line for line in process.stderr)  # up to the first of torch's modules
+        process.send_signal(signal.SIGINT)
+        assert "Traceback" not in process.stderr.read()
+    assert process.returncode == -signal.SIGINT
+
+
 def test_one_training_at_a_time_writes_into_a_folder(
     server: Any, backbone: str, parquet: Path, tmp_path: Path
 ) -> None:

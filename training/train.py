@@ -30,6 +30,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while these imports run ends without a traceback
+
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -650,6 +653,8 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
+    except KeyboardInterrupt:  # a second Ctrl-C
+        sys.exit(130)
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("TTAME_DEBUG"):
             raise
