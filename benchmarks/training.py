@@ -8,8 +8,9 @@ Three variants on the same batch of noise; random weights, 1000 classes, model a
 - plain: logits of the frozen backbone, no gradient, nothing else.
 - step: the training script's own step, with the frozen batch norms folded into the convolutions: a pass without
   gradient, the head for the classes of the batch, the masked pass, its backward to the mask, AdamW.
-- published: the same with the head as the paper writes it: every layer resized to the map grid, all layers
-  concatenated, one convolution to the maps of all classes, of which those of the batch enter the loss.
+- published: the same with the classifier as it came, nothing folded, and the head as the paper writes it: every layer
+  resized to the map grid, all layers concatenated, one convolution to the maps of all classes, of which those of the
+  batch enter the loss.
 
 The limit of step / plain is 3 (a pass, a pass, its backward to the mask) plus the head. After the warm-up, every round
 runs each variant once, in an order that changes from round to round; the figures are medians of the ratios within a

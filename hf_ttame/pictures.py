@@ -2,6 +2,8 @@
 
 import io
 import random
+import tarfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,14 @@ from PIL import Image, UnidentifiedImageError
 
 from .image_processing import DECODER_ERRORS, check_picture, load_image
 from .paths import check_path, nearest_path
+from .saving import HTTP_ERRORS
 
 _SPLITS = {"train", "training", "validation", "valid", "val", "test"}
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+DATA_ERRORS: tuple[type[Exception], ...] = (
+    ValueError, OSError, EOFError, zlib.error, tarfile.TarError, *HTTP_ERRORS, datasets.exceptions.DatasetsError
+)  # fmt: skip
+"""What reading a dataset raises: a damaged file or archive, a connection that is lost, a wrong column."""
 _SHARDS = 256  # of a dataset that knows its rows: the order of the shards is shuffled at every epoch
 
 
@@ -88,8 +95,11 @@ def contents(path: Path, split: str) -> datasets.Dataset | list[Path]:
                 )
             return files or found
     parts = sorted(part.name for part in path.iterdir() if part.is_dir() and part.name in _SPLITS)
-    if parts and split not in parts and split != "train":
-        raise ValueError(f"{str(path)!r} has no folder {split!r}; it has: {', '.join(parts)}")
+    if parts and split not in parts:
+        raise ValueError(
+            f"{str(path)!r} has no folder {split!r}; it has: {', '.join(parts)}; name one as the split, or give that "
+            "folder itself"
+        )
     path = path / split if split in parts else path
     pictures = sorted((file for file in path.rglob("*") if file.suffix.lower() in _PICTURES), key=str)
     if not pictures:

@@ -24,7 +24,8 @@ REMOTE_MODULE = "hf_ttame_remote.py"
 _REMOTE_CODE = "from hf_ttame import TTameConfig, TTameModel  # pip install hf-ttame\n"
 _AUTO_MAP = {"AutoConfig": "TTameConfig", "AutoModel": "TTameModel", "AutoModelForImageClassification": "TTameModel"}
 # What the Hub's client raises; its HTTP library, whose errors it lets through, is not the same in all its versions.
-HUB_ERRORS: tuple[type[Exception], ...] = (HfHubHTTPError, *HfHubHTTPError.__bases__, OSError, RuntimeError)
+HTTP_ERRORS: tuple[type[Exception], ...] = (HfHubHTTPError, *HfHubHTTPError.__bases__)
+HUB_ERRORS: tuple[type[Exception], ...] = (*HTTP_ERRORS, OSError, RuntimeError)
 _CONVERSION = "DISABLE_SAFETENSORS_CONVERSION"
 _ALIGNMENT = 64  # bytes, of torch's own CPU memory
 _TRIES, _WAIT, _LONGEST_WAIT = 4, 0.5, 60.0  # seconds; the wait is doubled after every try

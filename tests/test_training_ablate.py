@@ -91,6 +91,8 @@ def test_runs_become_one_table_and_are_not_repeated(
     again = capsys.readouterr().out
     assert again.count(": complete\n") == 3 * 2
     assert again.endswith(written + "\n")
+    with pytest.raises(ValueError, match="--clip_norm was None, now 3.0"):  # complete, but of another table
+        ablate.main([*command, "--clip_norm", "3"])
 
 
 def test_a_warm_start_stands_there_where_there_is_one(

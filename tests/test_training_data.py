@@ -90,6 +90,9 @@ def test_picture_folders_with_and_without_splits(tmp_path: Path) -> None:
     assert sorted(seeds(open_stream(str(tmp_path / "validation")), "image")) == [5, 6]
     with pytest.raises(ValueError, match="no folder 'test'; it has: train, validation"):
         open_stream(str(tmp_path), "test")
+    (tmp_path / "train").rename(tmp_path / "test")
+    with pytest.raises(ValueError, match="no folder 'train'; it has: test, validation"):
+        open_stream(str(tmp_path))  # training on everything would read what it is validated on
 
 
 def test_datasets_saved_to_disk(twelve: datasets.Dataset, tmp_path: Path) -> None:
@@ -158,6 +161,14 @@ def test_augment_crops_and_flips() -> None:
         starts.add(int(row.min()))
     assert 4 <= flipped <= 16
     assert len(starts) > 8
+
+
+@pytest.mark.parametrize("min_scale", [1.0, 0.5])
+def test_views_are_resized_with_the_filter_that_was_asked_for(min_scale: float) -> None:
+    image = Image.fromarray(np.random.default_rng(0).choice([0, 255], (40, 40, 3)).astype(np.uint8))
+    nearest = augment(image, (32, 32), np.random.default_rng(1), min_scale, Image.Resampling.NEAREST)
+    assert set(nearest.unique().tolist()) == {0, 255}
+    assert len(augment(image, (32, 32), np.random.default_rng(1), min_scale).unique()) > 100
 
 
 def test_the_crop_follows_the_input_size() -> None:

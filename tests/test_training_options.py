@@ -83,6 +83,26 @@ def test_samples_that_cannot_be_drawn_cost_no_run(
     assert (tmp_path / "run" / "best").exists()
 
 
+def child_whose_tracker_fails(*arguments: Any) -> None:
+    import accelerate
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ConnectionError("the tracker cannot be reached")
+
+    accelerate.Accelerator.log = fail
+    runs.child(*arguments)
+
+
+def test_a_tracker_that_fails_costs_no_run(
+    server: Any, backbone: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "child", child_whose_tracker_fails)
+    argv = runs.arguments(backbone, folder, tmp_path / "run", "--steps", "2", "--workers", "0")
+    text, _, _ = train(server, tmp_path / "run", [*argv, "--report_to", "tensorboard"])
+    assert "ConnectionError: the tracker cannot be reached" in text
+    assert (tmp_path / "run" / "explainer").exists()
+
+
 def test_multi_label_training(server: Any, backbone: str, folder: Path, tmp_path: Path) -> None:
     """What is explained of a picture is drawn among its positive classes, not the most likely one every time."""
     more = ("--steps", "30", "--workers", "0", "--head_init", "random")

@@ -24,10 +24,12 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from hub_server import running_hub
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from hf_ttame import TTameModel
+from hf_ttame.pictures import DATA_ERRORS
 from training.train import StopRequest
 
 PICTURES = 37
@@ -112,7 +114,7 @@ def child(arguments: list[str], output: str, settings: dict[str, str], largest_f
     multiprocessing.set_start_method("fork", force=True)  # a child of the server would start another server
     try:
         status = main(arguments)
-    except (ValueError, OSError) as error:
+    except DATA_ERRORS as error:
         print(f"{type(error).__name__}: {error}", flush=True)
         status = 1
     sys.stdout.flush()
@@ -369,6 +371,8 @@ def test_changed_arguments_are_refused_by_name(server: Any, backbone: str, folde
         assert message in text
     assert "--processes was 1, now 2" in Run(server, [*argv, "--resume"], 2).wait(1)
     Run(server, [*argv, "--resume", "--save_every", "3", "--log_every", "2"]).wait()
+    assert "nothing to resume" in Run(server, [*argv, "--resume"]).wait()
+    assert "--seed was 0, now 3" in Run(server, [*argv, "--resume", "--seed", "3"]).wait(1), "of a complete run too"
 
 
 @pytest.mark.parametrize("changed", ["backbone", "dataset", "validation"])
@@ -383,13 +387,14 @@ def test_what_has_changed_is_refused_by_name(
     argv = arguments(str(places["backbone"]), places["dataset"], tmp_path / "run", "--workers", "0", "--steps", "4")
     argv += ["--validation", str(places["validation"]), "--save_every", "2"]
     Run(server, argv).wait()
-    end_before_the_end(tmp_path / "run", 2)
     if changed == "backbone":
         weights = load_file(places[changed] / "model.safetensors")
         weights["classifier.1.bias"] += 1
         save_file(weights, places[changed] / "model.safetensors", {"format": "pt"})
     else:  # as many, of the same names
         picture(99).resize((30, 30)).save(places[changed] / "00.png")
+        assert f"what it reads has changed: {changed}: " in Run(server, [*argv, "--resume"]).wait(1), "though complete"
+    end_before_the_end(tmp_path / "run", 2)
     text = Run(server, [*argv, "--resume"]).wait(1)
     assert re.search(rf"what it reads has changed: {changed}: \S+ then, \S+ now; bring the earlier back", text)
 
@@ -408,10 +413,11 @@ def test_other_versions_are_told(server: Any, backbone: str, folder: Path, tmp_p
     argv = arguments(backbone, folder, output, "--steps", "4", "--save_every", "2", "--workers", "0")
     Run(server, argv).wait()
     progress = end_before_the_end(output, 2)
-    assert progress["versions"] == {name: version(name) for name in ("hf-ttame", "torch")}
+    packages = ("hf-ttame", "torch", "numpy", "pillow")
+    assert progress["versions"] == {**{name: version(name) for name in packages}, "threads": "1"}
     progress["versions"]["torch"] = "1.0"
     (output / "checkpoint-00000002" / "progress.json").write_text(json.dumps(progress))
-    warning = f"versions have changed since the run began (torch 1.0 then, {version('torch')} now): "
+    warning = f"since the run began this has changed: torch 1.0 then, {version('torch')} now; "
     text = Run(server, [*argv, "--resume"]).wait()
     assert text.count(f"warning: {warning}") == 1
     (told,) = json.loads((output / "report.json").read_text())["warnings"]
@@ -488,13 +494,69 @@ def test_running_statistics_are_averaged(server: Any, backbone: str, folder: Pat
 )
 def test_options_train(server: Any, backbone: str, folder: Path, tmp_path: Path, more: list[str]) -> None:
     output = tmp_path / "run"
+    (output / "samples").mkdir(parents=True)
+    for stale in (output / "unreadable_0.txt", output / "samples" / "00000001.png"):
+        stale.write_text("of a run that was killed before its first checkpoint")
     Run(server, arguments(backbone, folder, output, "--steps", "6", "--workers", "0", *more)).wait()
+    assert not any((output / "samples").iterdir())
+    assert json.loads((output / "report.json").read_text())["unreadable"]["count"] == 0
     head = load_file(output / "explainer" / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in head.values())
     assert int(head["head.class_counts"].sum()) == 6 * 8 * (2 if "--accumulate" in more else 1)
     log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     assert len(log) == 6
     assert 0 < log[-1]["mask_area"] < 1
+
+
+def test_gradients_are_clipped(server: Any, backbone: str, folder: Path, tmp_path: Path) -> None:
+    """SGD with next to no gradient moves nothing; without the limit it does."""
+    heads = {}
+    for name, more in (("once", ["1e-9", "--steps", "1"]), ("clipped", ["1e-9"]), ("free", ["1e9"])):
+        settings = [
+            "--workers",
+            "0",
+            "--optimizer",
+            "sgd",
+            "--weight_decay",
+            "0",
+            "--steps",
+            "4",
+            "--clip_norm",
+            *more,
+        ]
+        Run(server, arguments(backbone, folder, tmp_path / name, *settings)).wait()
+        heads[name] = load_file(tmp_path / name / "explainer" / "model.safetensors")["head.fuser.weight"]
+    assert (heads["clipped"] - heads["once"]).abs().max() < 1e-7
+    assert (heads["free"] - heads["once"]).abs().max() > 1e-5
+
+
+def test_a_hub_dataset_is_read_at_the_commit_at_which_the_run_began(
+    backbone: str, parquet: Path, tmp_path: Path
+) -> None:
+    script = Path(__file__).parents[1] / "training" / "train.py"
+    argv = ["--backbone", backbone, "--dataset", "me/pictures", "--output", str(tmp_path / "run"), *SHORT]
+    argv += ["--workers", "1", "--steps", "4", "--save_every", "2", "--resume"]
+    argv += ["--validation", "me/others", "--validate_every", "4"]
+    with running_hub() as hub:
+        environment = hub.environment(tmp_path / "home", ACCELERATE_USE_CPU="true")
+
+        def train() -> None:
+            done = subprocess.run([sys.executable, script, *argv], capture_output=True, text=True, env=environment)
+            assert done.returncode == 0, done.stderr
+
+        files = {file.name: file.read_bytes() for file in sorted(parquet.iterdir())}
+        hub.put("me/pictures", files, kind="datasets")
+        hub.put("me/others", {"validation.parquet": files["train-0.parquet"]}, kind="datasets")
+        train()
+        shutil.copytree(tmp_path / "run", tmp_path / "first")
+        progress = end_before_the_end(tmp_path / "run", 2)
+        assert all(re.fullmatch("[0-9a-f]{40}", progress[name]) for name in ("revision", "validation_revision"))
+        hub.put("me/pictures", {**files, "train-0.parquet": files["train-1.parquet"]}, kind="datasets")
+        hub.put("me/others", {"validation.parquet": files["train-1.parquet"]}, kind="datasets")
+        train()
+    assert_same(tmp_path / "first", tmp_path / "run")
+    first, again = ((tmp_path / name / "validation.json").read_text() for name in ("first", "run"))
+    assert first == again
 
 
 def test_data_that_cannot_train(server: Any, backbone: str, parquet: Path, tmp_path: Path) -> None:
@@ -514,6 +576,9 @@ def test_data_that_cannot_train(server: Any, backbone: str, parquet: Path, tmp_p
     if importlib.util.find_spec("wandb") is None:
         assert "needs its package; run: pip install wandb" in refused(parquet, "--report_to", "wandb")
     assert "--sync_batch_norm exists on GPUs only" in refused(parquet, "--sync_batch_norm")
+    text = Run(server, arguments(backbone, parquet, parquet / "run", "--workers", "0")).wait(1)
+    assert f"lies among the pictures of {str(parquet)!r}" in text
+    (parquet / "run.txt").unlink()
     few = tmp_path / "few"
     few.mkdir()
     for seed in range(3):

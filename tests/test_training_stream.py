@@ -2,6 +2,7 @@
 
 import copy
 import io
+import tarfile
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_ttame.pictures import open_stream
+from hf_ttame.pictures import DATA_ERRORS, open_stream
 from training.stream import TrainingStream, make_loader
 
 pytestmark = pytest.mark.filterwarnings("ignore:'set_vital'", "ignore:This DataLoader will create")
@@ -58,6 +59,26 @@ def test_every_picture_once_per_epoch_and_rank(rows: datasets.Dataset, shards: i
     for epoch in (0, 1):
         dealt = [pictures(take(make(rows, shards, rank=rank, ranks=ranks), 0, 50), epoch) for rank in range(ranks)]
         assert sorted(picture for rank in dealt for picture in rank) == whole
+
+
+@pytest.mark.parametrize(("shards", "slots"), [(5, 3), (11, 8), (2, 7), (1, 4), (6, 3)])
+def test_left_over_shards_are_dealt_evenly_and_read_by_few(
+    shards: int, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every shard has 12 * slots pictures: equal shares are possible, and must be found."""
+    cells = [{"bytes": encoded(0), "path": None}] * (12 * slots * shards)
+    rows = datasets.Dataset.from_dict({"image": cells}, features=datasets.Features(image=datasets.Image(decode=False)))
+    read: list[int] = []
+    real = TrainingStream._cells
+    monkeypatch.setattr(TrainingStream, "_cells", lambda self, shard: read.append(shard) or real(self, shard))
+    everything = []
+    for slot in range(slots):
+        read.clear()
+        mine = [(shard, row) for _, shard, row, _ in make(rows, shards)._rows(0, slot, slots, (0, 0))]
+        assert len(mine) == 12 * shards
+        assert len(read) <= shards // slots + 2
+        everything += mine
+    assert len(set(everything)) == len(everything) == len(rows)
 
 
 @pytest.mark.parametrize(("shards", "ranks", "workers"), [(3, 2, 2), (7, 1, 2), (1, 1, 3)])
@@ -155,3 +176,33 @@ def test_held_out_pictures_never_train(rows: datasets.Dataset) -> None:
     assert [c["bytes"] for c in make(rows, 5, holdout=0.3, seed=9).held_out(4)] == [
         c["bytes"] for c in make(rows, 5, holdout=0.3).held_out(4)
     ]
+
+
+def test_held_out_pictures_of_a_dataset_that_is_sorted_by_class() -> None:
+    """Ten classes one after the other, each in its shard, or all in one."""
+    cells = [{"bytes": bytes([label, row]), "path": None} for label in range(10) for row in range(60)]
+    rows = datasets.Dataset.from_dict({"image": cells}, features=datasets.Features(image=datasets.Image(decode=False)))
+
+    def classes(cells: list[Any]) -> list[int]:
+        return sorted(cell["bytes"][0] for cell in cells)
+
+    assert classes(make(rows, 10, holdout=0.5).held_out(20)) == sorted([*range(10)] * 2)
+    chosen = make(rows, 1, holdout=0.5).held_out(40, whole=True)
+    assert len(set(classes(chosen))) >= 8
+    assert chosen == make(rows, 1, holdout=0.5, seed=3).held_out(40, whole=True)
+    everyone = make(rows, 1, holdout=0.5).held_out(1000, whole=True)
+    assert classes(everyone) == classes(make(rows, 1, holdout=0.5).held_out(1000))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_archive_is_an_error_that_the_script_tells_in_one_line(tmp_path: Path, workers: int) -> None:
+    with tarfile.open(tmp_path / "train.tar", "w") as archive:
+        for seed in range(PICTURES):
+            member = tarfile.TarInfo(f"{seed:03d}.png")
+            member.size = len(encoded(seed))
+            archive.addfile(member, io.BytesIO(encoded(seed)))
+    whole = (tmp_path / "train.tar").read_bytes()
+    (tmp_path / "train.tar").write_bytes(whole[: len(whole) // 2])
+    stream = TrainingStream(open_stream(str(tmp_path)), "png", (8, 8), window=7)
+    with pytest.raises(ValueError if workers else DATA_ERRORS, match="unexpected end of data"):
+        take(stream, workers, 50)

@@ -41,6 +41,7 @@ if not __package__:  # launched as a script, in a checkout or as hf_ttame/traini
     importlib.import_module(__package__)
 
 from .arguments import Arguments, check
+from .identity import check_complete
 from .report import write
 
 _MASKS = ("soft 100", "soft 50", "soft 15", "binary 50", "binary 15")
@@ -136,7 +137,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = ["--backbone", arguments.backbone, "--dataset", arguments.dataset, "--output", str(folder(name, seed))]
         return [*where, "--seed", str(seed), "--resume", *further, *more]
 
-    (asked,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(command("base", arguments.seeds[0], []))
+    parser_of_runs = HfArgumentParser(Arguments)
+    (asked,) = parser_of_runs.parse_args_into_dataclasses(command("base", arguments.seeds[0], []))
     check(asked)
     if not (asked.holdout or asked.validation):
         raise ValueError("give pictures to validate on, after `--`: --holdout 0.1 or --validation PICTURES")
@@ -156,6 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             complete = (output / "explainer" / "training.json").exists()
             print(f"{name}, seed {seed}{': complete' if complete else ''}", flush=True)
             if complete:
+                check_complete(output, *parser_of_runs.parse_args_into_dataclasses(command(name, seed, more)))
                 continue
             ended = run_training(script, command(name, seed, more), ["--num_processes", str(arguments.processes)])
             if ended.stopped:

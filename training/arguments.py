@@ -125,6 +125,11 @@ def check(arguments: Arguments) -> None:
         check_path(arguments.backbone, "backbone")
     for name in (arguments.dataset, *([arguments.validation] if arguments.validation else [])):
         check_path(name, "dataset", "dataset")
+        if Path(name).is_dir() and Path(arguments.output).resolve().is_relative_to(Path(name).resolve()):
+            raise ValueError(
+                f"--output {arguments.output!r} lies among the pictures of {name!r}, where its own would be read too; "
+                "give a folder outside"
+            )
     output = Path(arguments.output)
     if output.is_file():
         raise ValueError(f"--output {arguments.output!r} is a file; give a folder")

@@ -13,7 +13,11 @@ _RESIZE = 256 / 224  # the paper resizes the short side to 256 and crops 224
 
 
 def augment(
-    image: Image.Image, size: tuple[int, int], generator: np.random.Generator, min_scale: float = 1.0
+    image: Image.Image,
+    size: tuple[int, int],
+    generator: np.random.Generator,
+    min_scale: float = 1.0,
+    resample: Image.Resampling = Image.Resampling.BICUBIC,
 ) -> torch.Tensor:
     """One training view (H, W, 3), uint8: short side resized to 256/224 of the input, random crop, random flip.
 
@@ -27,14 +31,14 @@ def augment(
         w = min(image.width, max(1, round(math.sqrt(area * ratio))))
         h = min(image.height, max(1, round(math.sqrt(area / ratio))))
         left, top = int(generator.integers(image.width - w + 1)), int(generator.integers(image.height - h + 1))
-        image = image.resize((width, height), Image.Resampling.BICUBIC, (left, top, left + w, top + h))
+        image = image.resize((width, height), resample, (left, top, left + w, top + h))
     else:
         scale = _RESIZE * max(width / image.width, height / image.height)
         w, h = max(width, round(image.width * scale)), max(height, round(image.height * scale))
         left, top = int(generator.integers(w - width + 1)), int(generator.integers(h - height + 1))
         x, y = image.width / w, image.height / h
         box = (left * x, top * y, (left + width) * x, (top + height) * y)
-        image = image.resize((width, height), Image.Resampling.BICUBIC, box)
+        image = image.resize((width, height), resample, box)
     if generator.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return torch.from_numpy(np.array(image))

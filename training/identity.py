@@ -1,12 +1,22 @@
 """What a run reads, and with which versions: a resumed run that found other data would not be the same run."""
 
+import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import datasets
+import torch
+
 from hf_ttame.dataset_input import dataset_commit, dataset_digest
 from hf_ttame.pictures import contents
+
+from .arguments import Arguments
+from .checkpoints import check_same, checkpoints
+
+_SMALL = 10 << 30  # bytes
 
 
 def pinned(name: str, revision: str | None) -> str | None:
@@ -19,9 +29,31 @@ def dataset_identity(name: str | None, split: str) -> str | None:
     return dataset_digest(Path(name), contents(Path(name), split)) if name and Path(name).exists() else None
 
 
+def is_small(name: str, split: str) -> bool:
+    """Whether a dataset lies here and can be read to its end in a moment."""
+    if not Path(name).exists():
+        return False
+    files = contents(Path(name), split)
+    return isinstance(files, datasets.Dataset) or sum(file.stat().st_size for file in files) < _SMALL
+
+
 def versions() -> dict[str, str]:
-    """Of the packages whose arithmetic makes the head."""
-    return {name: version(name) for name in ("hf-ttame", "torch")}
+    """What the last bits depend on: the packages that decode, order and compute, and the threads that share a sum."""
+    return {
+        **{name: version(name) for name in ("hf-ttame", "torch", "numpy", "pillow")},
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def check_complete(output: Path, arguments: Arguments) -> None:
+    """Raise ValueError where the run that is complete in `output` was not the one that the arguments ask for."""
+    if not (found := checkpoints(output)):
+        return  # removed to save space
+    recorded = json.loads((found[-1] / "progress.json").read_text())
+    check_same(recorded["arguments"], asdict(arguments))
+    names = {"dataset": arguments.split, "validation": arguments.validation_split}
+    now = {name: dataset_identity(getattr(arguments, name), split) for name, split in names.items()}
+    check_identity({name: recorded.get("identity", {}).get(name) for name in names}, now)
 
 
 def check_identity(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> None:
@@ -46,4 +78,4 @@ def version_advice(recorded: Mapping[str, str], found: Mapping[str, str]) -> str
     ]
     if not changed:
         return None
-    return f"versions have changed since the run began ({'; '.join(changed)}): the head may differ in its last bits"
+    return f"since the run began this has changed: {'; '.join(changed)}; the head may differ in its last bits"

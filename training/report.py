@@ -50,6 +50,12 @@ def attempt(what: str, action: Callable[[], Any]) -> bool:
     return True
 
 
+def clear(output: Path) -> None:
+    """Remove what an earlier run that left no checkpoint would mix into the report of a new one."""
+    for file in (*output.glob("unreadable_*.txt"), *output.glob("samples/[0-9]*.png")):
+        file.unlink()
+
+
 class Log:
     """`log.jsonl`: one line per step. After a resume it goes on where the checkpoint was taken."""
 
@@ -100,6 +106,7 @@ def machine(accelerator: Any) -> dict[str, Any]:
         "device": gpu or accelerator.device.type,
         "processes": accelerator.num_processes,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
         "mixed_precision": accelerator.mixed_precision,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
     }

@@ -3,8 +3,9 @@
 What is exact, and how:
 
 - The shards of the dataset are dealt evenly to slots, one slot per process and worker. Shards that are left over, all
-  of them where there are fewer shards than slots, are read by every slot, which keeps every `slots`-th picture of
-  them. So every picture belongs to exactly one slot, whatever the number of shards.
+  of them where there are fewer shards than slots, are cut into as many parts as there are slots, every `slots`-th
+  picture a part, and the parts are dealt in order: a slot reads one or two of these shards and passes over what is not
+  its own. So every picture belongs to exactly one slot, whatever the number of shards, and slots have equal shares.
 - A slot reads its shards in an order shuffled anew at every epoch, fills a window with undecoded pictures and hands
   them out in a shuffled order. Its state is {epoch, position, row, offset}: the epoch, where in it the window began
   (shard and row), and how far into the window it is. To continue, the window is read again and its first pictures are
@@ -16,6 +17,7 @@ What is exact, and how:
 Slots do not wait for each other: each begins its next epoch when its own pictures are used up.
 """
 
+import heapq
 import os
 import signal
 import sys
@@ -26,17 +28,18 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from hf_ttame.disk import full_disk
-from hf_ttame.pictures import decode, undecoded
+from hf_ttame.pictures import DATA_ERRORS, decode, undecoded
 
 from .data import augment
 
 _CHUNK = 32  # rows read at once
 _ENOUGH = 100  # pictures after which the share of unreadable ones says something
-_ORDER, _WINDOW, _VIEW, _HOLDOUT = range(4)  # what a random generator is for
+_ORDER, _WINDOW, _VIEW, _HOLDOUT, _CHOICE = range(5)  # what a random generator is for
 
 
 class TrainingStream(IterableDataset):
@@ -55,6 +58,7 @@ class TrainingStream(IterableDataset):
         rank, ranks: this process and their number.
         holdout: share of the pictures that is never yielded; `held_out` reads them.
         max_unreadable: the largest share of unreadable pictures that is passed over, in [0, 1].
+        resample: filter that resizes the views.
     """
 
     def __init__(
@@ -70,6 +74,7 @@ class TrainingStream(IterableDataset):
         ranks: int = 1,
         holdout: float = 0.0,
         max_unreadable: float = 1.0,
+        resample: Image.Resampling = Image.Resampling.BICUBIC,
     ):
         self.dataset = undecoded(dataset, column)
         self.column = column
@@ -81,6 +86,7 @@ class TrainingStream(IterableDataset):
         self.ranks = ranks
         self.holdout = holdout
         self.max_unreadable = max_unreadable
+        self.resample = resample
         self.state = {"epoch": 0, "position": 0, "row": 0, "offset": 0, "read": 0, "unreadable": 0}
 
     def state_dict(self) -> dict[str, int]:
@@ -94,10 +100,11 @@ class TrainingStream(IterableDataset):
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         try:
             yield from self._views(worker, workers)
-        except (ValueError, OSError) as error:
+        except DATA_ERRORS as error:
             if info is None or os.environ.get("TTAME_DEBUG"):
                 raise
-            yield {"error": str(full_disk(error) or error)}  # torch would make a traceback of its words
+            # torch would make a traceback of its words
+            yield {"error": str(full_disk(error) or error) or type(error).__name__}
 
     def _views(self, worker: int, workers: int) -> Iterator[dict[str, Any]]:
         """What `__iter__` yields, but for the error."""
@@ -116,7 +123,7 @@ class TrainingStream(IterableDataset):
                     generator = np.random.default_rng((self.seed, _VIEW, epoch, shard, row))
                     try:
                         side = round(2 * max(self.size) / self.min_scale**0.5)
-                        pixels = augment(decode(cell, side), self.size, generator, self.min_scale)
+                        pixels = augment(decode(cell, side), self.size, generator, self.min_scale, self.resample)
                     except ValueError as error:
                         state["unreadable"] += 1
                         skipped.append(f"{_name(cell, shard, row)}: {error}")
@@ -140,14 +147,19 @@ class TrainingStream(IterableDataset):
         """(where to continue after it, shard, row, cell) of every picture of one slot and epoch, from `start` on."""
         shards = self.dataset.num_shards
         dealt = shards // slots * slots
-        mine = [(shard, True) for shard in range(slot, dealt, slots)]
-        mine += [(shard, False) for shard in range(dealt, shards)]
+        left = shards - dealt
+        mine: list[tuple[int, range | None]] = [(shard, None) for shard in range(slot, dealt, slots)]
+        # Part p of the left-over shards, counted through all of them, belongs to slot p // left.
+        for number in range(left):
+            parts = range(max(slot * left, number * slots), min((slot + 1) * left, (number + 1) * slots))
+            if parts:
+                mine.append((dealt + number, range(parts.start - number * slots, parts.stop - number * slots)))
         order = np.random.default_rng((self.seed, _ORDER, epoch, slot)).permutation(len(mine))
         for position in range(start[0], len(mine)):
-            shard, whole = mine[order[position]]
+            shard, parts_of_it = mine[order[position]]
             first = start[1] if position == start[0] else 0
             for row, cell in enumerate(self._cells(shard)):
-                ours = whole or (row + shard) % slots == slot
+                ours = parts_of_it is None or (row + shard) % slots in parts_of_it
                 if row >= first and ours and not (self.holdout and self._is_held_out(shard, row)):
                     yield (position, row + 1), shard, row, cell
 
@@ -160,13 +172,27 @@ class TrainingStream(IterableDataset):
         """Whether a picture is kept for validation; the same for every seed, process and worker."""
         return np.random.default_rng((_HOLDOUT, shard, row)).random() < self.holdout
 
-    def held_out(self, count: int) -> list[Any]:
-        """Up to `count` undecoded cells of the share that is kept for validation, from shards in a shuffled order."""
-        shards = np.random.default_rng(_HOLDOUT).permutation(self.dataset.num_shards)
-        cells = (
-            cell for shard in shards for row, cell in enumerate(self._cells(shard)) if self._is_held_out(shard, row)
-        )
-        return list(islice(cells, count))
+    def held_out(self, count: int, whole: bool = False) -> list[Any]:
+        """Up to `count` undecoded cells of the share that is kept for validation, from shards in a shuffled order.
+
+        whole: choose at random among all that are kept, which reads the dataset to its end; else the first ones of the
+            shards, evenly many of each: enough of a dataset that is not sorted by class.
+        """
+        shards = np.random.default_rng(_HOLDOUT).permutation(self.dataset.num_shards).tolist()
+        if whole:
+            drawn = (
+                (np.random.default_rng((_CHOICE, shard, row)).random(), shard, row, cell)
+                for shard in shards
+                for row, cell in enumerate(self._cells(shard))
+                if self._is_held_out(shard, row)
+            )
+            return [cell for *_, cell in heapq.nsmallest(count, drawn, key=lambda entry: entry[:3])]
+        found: list[Any] = []
+        for number, shard in enumerate(shards):
+            share = -(-(count - len(found)) // (len(shards) - number))
+            kept = (cell for row, cell in enumerate(self._cells(shard)) if self._is_held_out(shard, row))
+            found += islice(kept, share)
+        return found
 
     def _check_share(self, skipped: list[str]) -> None:
         read, unreadable = self.state["read"], self.state["unreadable"]

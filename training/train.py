@@ -37,6 +37,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -49,7 +50,7 @@ from hf_ttame.disk import full_disk, whole
 from hf_ttame.image_processing import Normalisation
 from hf_ttame.losses import LossTerms, LossWeights, ttame_loss
 from hf_ttame.masking import apply_mask, resize_maps
-from hf_ttame.pictures import image_column, open_stream
+from hf_ttame.pictures import DATA_ERRORS, image_column, open_stream
 
 if not __package__:  # launched as a script, in a checkout or as hf_ttame/training
     here = Path(__file__).resolve().parent
@@ -61,12 +62,21 @@ from .arguments import Arguments, check
 from .checkpoints import check_same, checkpoints, first_problem, load_checkpoint, save_checkpoint
 from .data import normaliser
 from .folding import fold_batch_norms
-from .identity import check_identity, dataset_identity, pinned, version_advice, versions
+from .identity import (
+    check_complete,
+    check_identity,
+    dataset_identity,
+    is_small,
+    pinned,
+    version_advice,
+    versions,
+)
 from .report import (
     Log,
     add_samples,
     append,
     attempt,
+    clear,
     coverage,
     draw_curves,
     machine,
@@ -79,6 +89,7 @@ from .stream import TrainingStream, make_loader, too_many_unreadable
 from .validation import HeldOut, collapse, draw_samples, intervals, summary, validate
 from .watch import LossWatch
 
+_EXPECTED: tuple[type[Exception], ...] = (*DATA_ERRORS, FloatingPointError)  # told in one line
 _HOPELESS = 50  # steps in a row whose loss is no number, after which fp16 will not recover
 
 
@@ -273,6 +284,7 @@ def main(argv: list[str] | None = None) -> int:
     check(arguments)
     output = Path(arguments.output)
     if arguments.resume and (output / "explainer" / "training.json").exists():
+        check_complete(output, arguments)
         print(f"{output / 'explainer'} is complete; there is nothing to resume")
         return 0
     output.mkdir(parents=True, exist_ok=True)
@@ -299,7 +311,7 @@ def main(argv: list[str] | None = None) -> int:
     newest = checkpoints(output)[-1] if arguments.resume and checkpoints(output) else None
     progress: dict[str, Any] = {"step": 0, "seconds": 0.0, "last": {}, "warnings": [], "arguments": run}
     progress |= {"validations": [], "best": None, "last_95": None, "unreadable": 0}
-    progress |= {"versions": versions(), "identity": {}, "revision": None}
+    progress |= {"versions": versions(), "identity": {}, "revision": None, "validation_revision": None}
     best_head = output / "best.safetensors"
     if newest:
         progress |= json.loads((newest / "progress.json").read_text())
@@ -308,6 +320,9 @@ def main(argv: list[str] | None = None) -> int:
         if advice := version_advice(progress["versions"], versions()):
             accelerator.print(f"warning: {advice}", file=sys.stderr)
             progress["warnings"] = [*(text for text in progress["warnings"] if text != advice), advice]
+    elif leads:
+        clear(output)
+    accelerator.wait_for_everyone()
 
     # The explainer: only its head trains.
     model = TTameModel.from_backbone(
@@ -355,6 +370,7 @@ def main(argv: list[str] | None = None) -> int:
         ranks=ranks,
         holdout=arguments.holdout,
         max_unreadable=arguments.max_unreadable,
+        resample=Image.Resampling(getattr(model.image_processor, "resample", None) or Image.Resampling.BICUBIC),
     )
     identity = {
         "backbone": model.config.backbone_fingerprint,
@@ -367,12 +383,19 @@ def main(argv: list[str] | None = None) -> int:
     loader = make_loader(stream, arguments.batch_size, arguments.workers, accelerator.device.type == "cuda")
     held_out = None
     if arguments.validation:
-        other = open_stream(arguments.validation, arguments.validation_split)
+        known = progress["validation_revision"] or (
+            progress["revision"] if arguments.validation == arguments.dataset else pinned(arguments.validation, None)
+        )
+        progress["validation_revision"] = known
+        other = open_stream(arguments.validation, arguments.validation_split, known)
         column = image_column(other, arguments.image_column)
         others = TrainingStream(other, column, normalisation.size, holdout=1.0)
-        held_out = HeldOut(model, others.held_out(arguments.validation_size), accelerator.process_index, ranks)
+        whole_set = is_small(arguments.validation, arguments.validation_split)
+        chosen = others.held_out(arguments.validation_size, whole_set)
+        held_out = HeldOut(model, chosen, accelerator.process_index, ranks)
     elif arguments.holdout:
-        held_out = HeldOut(model, stream.held_out(arguments.validation_size), accelerator.process_index, ranks)
+        chosen = stream.held_out(arguments.validation_size, is_small(arguments.dataset, arguments.split))
+        held_out = HeldOut(model, chosen, accelerator.process_index, ranks)
     elif leads:
         print("no validation: give --validation PICTURES, or --holdout 0.1 to keep a share of the dataset for it")
 
@@ -404,6 +427,9 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.report_to != "none":
         accelerator.init_trackers("hf-ttame", {name: str(value) for name, value in run.items()})
 
+    def track(figures: dict[str, float], step: int) -> None:
+        attempt(f"--report_to {arguments.report_to}", lambda: accelerator.log(figures, step=step))
+
     def save_head() -> None:
         """The head in use, as the best."""
         with whole(best_head) as part:
@@ -432,7 +458,7 @@ def main(argv: list[str] | None = None) -> int:
             f"validation at step {progress['step']} on {len(held_out)} pictures: "
             + ", ".join(f"{name} {found[name]:.3g}" for name in names)
         )
-        accelerator.log({f"validation/{name}": value for name, value in found.items()}, step=progress["step"])
+        track({f"validation/{name}": value for name, value in found.items() if name != "step"}, progress["step"])
         return values
 
     stop = StopRequest()
@@ -484,7 +510,8 @@ def main(argv: list[str] | None = None) -> int:
         if advice and not any(advice[:40] == earlier[:40] for earlier in progress["warnings"]):
             progress["warnings"].append(advice)
             accelerator.print(f"warning at step {progress['step']}: {advice}")
-        accelerator.log({**lines[-1], "learning_rate": schedule.get_last_lr()[0]}, step=lines[-1]["step"])
+        line = dict(lines[-1], learning_rate=schedule.get_last_lr()[0])
+        track(line, line.pop("step"))
         bar.set_postfix({name: f"{lines[-1][name]:.3g}" for name in names})
         if bar.disable and leads:
             left = time_left(began, progress["step"] - first, arguments.steps - progress["step"])
@@ -655,7 +682,7 @@ if __name__ == "__main__":
         sys.exit(main())
     except KeyboardInterrupt:  # a second Ctrl-C
         sys.exit(130)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except _EXPECTED as error:
         if os.environ.get("TTAME_DEBUG"):
             raise
-        sys.exit(f"training: {full_disk(error) or error}")
+        sys.exit(f"training: {full_disk(error) or str(error) or type(error).__name__}")

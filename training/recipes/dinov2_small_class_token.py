@@ -77,7 +77,7 @@ def main() -> None:
     if len(sys.argv) < 4 or any(argument.startswith("-") for argument in sys.argv[1:4]):
         sys.exit(__doc__)
     folder, data, work = sys.argv[1], sys.argv[2], Path(sys.argv[3])
-    if not (work / "backbone" / "config.json").exists():
+    if not (work / "backbone" / "preprocessor_config.json").exists():  # written last
         prepare(folder, work / "backbone")
     command = ["--backbone", str(work / "backbone"), "--dataset", data, "--output", str(work / "run")]
     command += ["--steps", "90", "--batch_size", "16", "--min_crop", "0.5", "--holdout", "0.02"]

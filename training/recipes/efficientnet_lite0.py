@@ -60,7 +60,7 @@ def main() -> None:
     if len(sys.argv) < 3:
         sys.exit(__doc__)
     data, work = Path(sys.argv[1]), Path(sys.argv[2])
-    if not (work / "backbone").exists():
+    if not (work / "backbone" / "preprocessor_config.json").exists():  # what is written last
         prepare(data, work)
     further = sys.argv[3:]
     target = None

@@ -11,11 +11,12 @@ was trained on will do. Further arguments go to training/train.py.
 Which fill? While it trains, the mask replaces what it hides by a fill, and the head learns what the classifier needs
 *in contrast to that*. On everyday photographs black works. Where black means something to your classifier, it does
 not: a black patch looks like a dark lesion on skin or a shadow in an X-ray, and hiding evidence then *adds* evidence.
-"mean" paints the average colour of the training data, "blur" removes shape and keeps local colour. --compare-fills
-trains all three and prints a table: a fill whose mask area is near 0 or 1 does not suit your data. AD and IC are
-judged with black in every row, also for runs with another fill: where black adds evidence, they favour the run that
-trained with it and cannot settle the choice. `ttame evaluate OUTPUT/FILL/explainer ... --metrics sanity`, check (e),
-judges an explainer with mean, blur and ROAD's imputation as well. Look at OUTPUT/FILL/samples.png before you decide.
+"mean" paints the mean colour of the classifier's own normalisation, "blur" removes shape and keeps local colour.
+--compare-fills trains all three and prints a table: a fill whose mask area is near 0 or 1 does not suit your data. AD
+and IC are judged with black in every row, also for runs with another fill: where black adds evidence, they favour the
+run that trained with it and cannot settle the choice. `ttame evaluate OUTPUT/FILL/explainer ... --metrics sanity`,
+check (e), judges an explainer with mean, blur and ROAD's imputation as well. Look at OUTPUT/FILL/samples.png before
+you decide.
 
 Hardware: a laptop. Expected time: 300 steps of 16 views take about four times as long as classifying 4,800 pictures,
 and the validations come on top; not measured on a dataset of this kind. Figures depend on your data.
@@ -37,6 +38,8 @@ def main() -> None:
         sys.exit(__doc__)
     backbone, pictures, output = sys.argv[1:4]
     further = [argument for argument in sys.argv[4:] if argument != "--compare-fills"]
+    if "--compare-fills" in sys.argv and "--fill" in sys.argv:
+        sys.exit("my_dataset: --compare-fills trains all three fills; drop --fill")
     where = ["--backbone", backbone, "--dataset", pictures]
     if "--compare-fills" not in sys.argv:
         train(*where, "--output", output, *COMMAND, further=further)

@@ -8,6 +8,7 @@ Further arguments go to training/train.py (`--resume`, `--report_to tensorboard`
 Data: ILSVRC/imagenet-1k, streamed from the Hub (gated: accept its terms, `hf auth login`); a local copy with
 `--dataset FOLDER`. Settings of the paper: 8 epochs of batch 32 (320,300 steps), SGD with Nesterov momentum 0.9, weight
 decay 5e-4 not on biases, OneCycle to 1e-3, fp16, crop 224 of 256, flip, black fill, validation on 2,000 pictures.
+Every GPU takes `--batch_size` pictures a step: on 8 of them, `--batch_size 4` keeps the batch and the epochs.
 With --warm: AdamW, 20,000 steps.
 
 Hardware: one GPU with 16 GB (not tried). This recipe was never run to its end.
