@@ -91,7 +91,7 @@ def test_runs_become_one_table_and_are_not_repeated(
     again = capsys.readouterr().out
     assert again.count(": complete\n") == 3 * 2
     assert again.endswith(written + "\n")
-    with pytest.raises(ValueError, match="--clip_norm was None, now 3.0"):  # complete, but of another table
+    with pytest.raises(ValueError, match=r"--clip_norm was None, now 3\.0"):  # complete, but of another table
         ablate.main([*command, "--clip_norm", "3"])
 
 

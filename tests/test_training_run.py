@@ -198,7 +198,7 @@ def test_a_run_lowers_the_loss_and_tells_how_it_went(server: Any, backbone: str,
     log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     totals = [entry["total"] for entry in log]
     assert [entry["step"] for entry in log] == list(range(1, 41))
-    assert np.mean(totals[-5:]) < 0.9 * np.mean(totals[:5])
+    assert np.mean(totals[20:]) < 0.9 * np.mean(totals[:10])
     assert "validation at step 20" in text
     assert "left" in text
 
@@ -235,11 +235,25 @@ def test_a_run_lowers_the_loss_and_tells_how_it_went(server: Any, backbone: str,
     assert "nothing to resume" in Run(server, [*argv, "--resume"]).wait()
 
 
-@pytest.mark.parametrize(("ranks", "workers", "kills"), [(1, 0, 2), (1, 2, 1), (2, 0, 1)])
+@pytest.mark.parametrize(
+    ("ranks", "workers", "kills", "save_every"),
+    [(1, 0, 3, 1), (1, 2, 1, 4), (2, 0, 1, 4)],  # saving at every step: most kills fall into it
+)
 def test_a_killed_run_resumes_to_the_same_head(
-    server: Any, backbone: str, parquet: Path, tmp_path: Path, ranks: int, workers: int, kills: int
+    server: Any, backbone: str, parquet: Path, tmp_path: Path, ranks: int, workers: int, kills: int, save_every: int
 ) -> None:
-    more = ("--steps", "24", "--save_every", "4", "--workers", str(workers), "--ema", "0.9", "--holdout", "0.1")
+    more = (
+        "--steps",
+        "24",
+        "--save_every",
+        str(save_every),
+        "--workers",
+        str(workers),
+        "--ema",
+        "0.9",
+        "--holdout",
+        "0.1",
+    )
     whole, killed = (arguments(backbone, parquet, tmp_path / name, *more) for name in ("whole", "killed"))
     Run(server, whole, ranks).wait()
     seed = random.randrange(2**32)
@@ -428,7 +442,7 @@ def test_best_is_the_head_that_the_report_describes(server: Any, backbone: str, 
     """Killed after a later best was measured, resumed without measuring it again."""
     output = tmp_path / "run"
     argv = arguments(backbone, folder, output, "--steps", "8", "--save_every", "2", "--workers", "0", "--keep", "9")
-    argv += ["--holdout", "0.3"]
+    argv += ["--holdout", "0.3", "--seed", "1"]
     Run(server, [*argv, "--validate_every", "1"]).wait()
     first = load_file(output / "best.safetensors")
     for step in range(2, 8, 2):  # the newest checkpoint that knew an earlier best than the run found in the end

@@ -198,11 +198,11 @@ def test_held_out_pictures_of_a_dataset_that_is_sorted_by_class() -> None:
 def test_a_damaged_archive_is_an_error_that_the_script_tells_in_one_line(tmp_path: Path, workers: int) -> None:
     with tarfile.open(tmp_path / "train.tar", "w") as archive:
         for seed in range(PICTURES):
-            member = tarfile.TarInfo(f"{seed:03d}.png")
-            member.size = len(encoded(seed))
-            archive.addfile(member, io.BytesIO(encoded(seed)))
+            member, content = tarfile.TarInfo(f"{seed:03d}.png"), encoded(seed)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
     whole = (tmp_path / "train.tar").read_bytes()
-    (tmp_path / "train.tar").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "train.tar").write_bytes(whole[: 20 * 1024 + 600])  # in the middle of a picture
     stream = TrainingStream(open_stream(str(tmp_path)), "png", (8, 8), window=7)
     with pytest.raises(ValueError if workers else DATA_ERRORS, match="unexpected end of data"):
         take(stream, workers, 50)
