@@ -1,7 +1,7 @@
 """What a training step costs beside the plain forward pass of its classifier, and whether the data keep up.
 
     python benchmarks/training.py --rounds 12
-    python benchmarks/training.py --device cuda --dtype bfloat16 --batch 256 --models vit_base_patch16_224
+    python benchmarks/training.py --device cuda --dtype bfloat16 --batch 64 128 256 512 --models vit_base_patch16_224
 
 Three variants on the same batch of noise; random weights, 1000 classes, model and input in channels_last:
 
@@ -12,14 +12,18 @@ Three variants on the same batch of noise; random weights, 1000 classes, model a
   resized to the map grid, all layers concatenated, one convolution to the maps of all classes, of which those of the
   batch enter the loss.
 
+Of several --batch sizes the one with the most pictures per second is reported, up to the first that does not fit into
+memory.
+
 The limit of step / plain is 3 (a pass, a pass, its backward to the mask) plus the head. After the warm-up, every round
 runs each variant once, in an order that changes from round to round; the figures are medians of the ratios within a
 round, so that a load on the machine that comes and goes falls on all variants alike. Where other programs want the
 same cores, set OMP_WAIT_POLICY=passive.
 
 Data: photographs of 500 x 375 pixels (or --pictures FOLDER) through the training stream with --workers processes,
-alone; "data / step" is how many times faster they arrive than the step takes them, with all cores each. Beside it the
-milliseconds per picture of decoding, cropping with resizing, and collating, in one thread.
+alone; "data / step" is how many times faster they arrive than the step takes them, with all cores each, and the share
+of the time that the step would wait for them (0 where they arrive faster). Beside it the milliseconds per picture of
+decoding, cropping with resizing, and collating, in one thread.
 
 Prints a line per model to stderr and ends in one JSON line on stdout.
 """
@@ -156,6 +160,20 @@ def measure_step(name: str, batch: int, rounds: int, device: str, dtype: str) ->
     }
 
 
+def measure_best(name: str, batches: list[int], rounds: int, device: str, dtype: str) -> dict[str, Any]:
+    """`measure_step` of the batch size with the most pictures per second; "tried" has them all."""
+    found: list[dict[str, Any]] = []
+    for batch in batches:
+        try:
+            found.append(measure_step(name, batch, rounds, device, dtype))
+        except torch.OutOfMemoryError:
+            if not found:
+                raise
+            break
+    best = max(found, key=lambda result: result["step_images_per_second"])
+    return {**best, "tried": {result["batch"]: result["step_images_per_second"] for result in found}}
+
+
 def make_pictures(folder: Path, count: int = 64) -> None:
     """JPEGs of ImageNet's usual size and about its usual 100 kB."""
     generator = np.random.default_rng(0)
@@ -206,7 +224,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(BATCHES), metavar="NAME", help="timm architecture names")
     parser.add_argument("--rounds", type=int, default=12, help="measured rounds; best a multiple of 6")
-    parser.add_argument("--batch", type=int, help=f"default: {BATCHES}, others {DEFAULT_BATCH}")
+    parser.add_argument("--batch", type=int, nargs="+", help=f"default: {BATCHES}, others {DEFAULT_BATCH}")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--pictures", help="folder or parquet file for the data part; default: made on the spot")
@@ -223,15 +241,16 @@ def main() -> None:
             make_pictures(Path(folder))
         data = measure_data(arguments.pictures or folder, (224, 224), 32, arguments.workers, arguments.data_batches)
     for name in arguments.models:
-        batch = arguments.batch or BATCHES.get(name, DEFAULT_BATCH)
-        result = measure_step(name, batch, arguments.rounds, arguments.device, arguments.dtype)
+        batches = arguments.batch or [BATCHES.get(name, DEFAULT_BATCH)]
+        result = measure_best(name, batches, arguments.rounds, arguments.device, arguments.dtype)
         result["data_over_step"] = round(data["images_per_second"] / result["step_images_per_second"], 2)
+        result["waits"] = round(max(0.0, 1 - result["data_over_step"]), 3)
         figures[name] = result
         print(
-            f"{name}, batch {batch}: plain {result['plain_ms']:.0f} ms, step / plain {result['step_over_plain']:.2f}, "
+            f"{name}, batch {result['batch']}: plain {result['plain_ms']:.0f} ms, step / plain {result['step_over_plain']:.2f}, "
             f"published / plain {result['published_over_plain']:.2f}, published / step "
             f"{result['published_over_step']:.2f}, {result['step_images_per_second']:.0f} images/s, "
-            f"data / step {result['data_over_step']:.1f}",
+            f"data / step {result['data_over_step']:.1f}, waits {result['waits']:.0%}",
             file=sys.stderr,
             flush=True,
         )

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.training import Contestant, make_pictures, measure_data, measure_step
+from benchmarks.training import Contestant, make_pictures, measure_best, measure_data, measure_step
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet"])
@@ -21,6 +21,19 @@ def test_figures_of_a_step() -> None:
     assert found["step_over_plain"] == pytest.approx(found["step_ms"] / found["plain_ms"], rel=0.05)
     assert found["published_over_step"] == pytest.approx(found["published_ms"] / found["step_ms"], rel=0.05)
     assert found["step_images_per_second"] == pytest.approx(2000 / found["step_ms"], rel=0.05)
+
+
+def test_the_fastest_batch_that_fits_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(name: str, batch: int, *_: object) -> dict[str, float]:
+        if batch > 8:
+            raise torch.OutOfMemoryError
+        return {"batch": batch, "step_images_per_second": {2: 10.0, 4: 30.0, 8: 20.0}[batch]}
+
+    monkeypatch.setattr("benchmarks.training.measure_step", measured)
+    best = measure_best("x", [2, 4, 8, 16, 32], 1, "cpu", "float32")
+    assert best == {"batch": 4, "step_images_per_second": 30.0, "tried": {2: 10.0, 4: 30.0, 8: 20.0}}
+    with pytest.raises(torch.OutOfMemoryError):
+        measure_best("x", [16], 1, "cpu", "float32")
 
 
 def test_figures_of_the_data(tmp_path: Path) -> None:
