@@ -247,9 +247,9 @@ def main() -> None:
         result["waits"] = round(max(0.0, 1 - result["data_over_step"]), 3)
         figures[name] = result
         print(
-            f"{name}, batch {result['batch']}: plain {result['plain_ms']:.0f} ms, step / plain {result['step_over_plain']:.2f}, "
-            f"published / plain {result['published_over_plain']:.2f}, published / step "
-            f"{result['published_over_step']:.2f}, {result['step_images_per_second']:.0f} images/s, "
+            f"{name}, batch {result['batch']}: plain {result['plain_ms']:.0f} ms, step / plain "
+            f"{result['step_over_plain']:.2f}, published / plain {result['published_over_plain']:.2f}, "
+            f"published / step {result['published_over_step']:.2f}, {result['step_images_per_second']:.0f} images/s, "
             f"data / step {result['data_over_step']:.1f}, waits {result['waits']:.0%}",
             file=sys.stderr,
             flush=True,
