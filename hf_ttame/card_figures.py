@@ -45,6 +45,10 @@ def normalised(report: Any, measured_on: str | None = None) -> dict[str, Any] | 
         "dataset": measured_on or shown,
         "methods": methods,
         "intervals": intervals,
+        "counts": {
+            name: {m: v["n"] for m, v in (entry.get("measures") or {}).items() if isinstance(v.get("n"), int)}
+            for name, entry in report["methods"].items()
+        },
         "differences": report.get("differences") or {},
         "cost": {name: entry for name, entry in report["methods"].items() if "ms_per_map" in entry},
         "environment": report.get("environment") or {},
@@ -106,10 +110,11 @@ def figures(own: Mapping[str, Any], report: Any, further: Sequence[Any] = ()) ->
 def _confidence(report: Mapping[str, Any]) -> list[str]:
     """The table of average drop and increase in confidence."""
     lines = [
-        f"{_count(report['images'])} photographs of {escape(report['dataset'])}, the predicted class, AD / IC:",
+        f"{_count(report['images'])} photographs of {escape(report['dataset'])}, the predicted class, AD / IC; "
+        "rows with a smaller n were measured on the first ones alone:",
         "",
-        "| map | mean mask | " + " | ".join(_MASKS) + " |",
-        "|---|" + "---|" * (len(_MASKS) + 1),
+        "| map | n | mean mask | " + " | ".join(_MASKS) + " |",
+        "|---|---|" + "---|" * (len(_MASKS) + 1),
     ]
     for method, values in report["methods"].items():
         cells = [
@@ -118,8 +123,16 @@ def _confidence(report: Mapping[str, Any]) -> list[str]:
             else NOT_MEASURED
             for mask in _MASKS
         ]
-        lines.append(f"| {_shown(method)} | {number(values.get('mean mask'), 2)} | " + " | ".join(cells) + " |")
+        found = _images(report, method, [f"{kind} {mask}" for mask in _MASKS for kind in ("AD", "IC")])
+        mean_mask = number(values.get("mean mask"), 2)
+        lines.append(f"| {_shown(method)} | {found} | {mean_mask} | " + " | ".join(cells) + " |")
     return lines
+
+
+def _images(report: Mapping[str, Any], method: str, measures: Sequence[str]) -> str:
+    """On how many images, or mosaics, these measures of a method stand: "1,000", or "100 / 1,000"."""
+    counts = {report["counts"][method].get(measure) for measure in measures} - {None}
+    return " / ".join(_count(n) for n in sorted(counts)) or NOT_RECORDED
 
 
 def _shown(method: str) -> str:
@@ -133,22 +146,25 @@ def _further(report: Mapping[str, Any]) -> list[str]:
     if not measured and not cost:
         return []
     arrows = {"lower": " ↓", "higher": " ↑"}
-    titles = [m.name + arrows[m.better] for m in measured] + ["forward", "backward", "ms"] * bool(cost)
+    titles = ["n", *(m.name + arrows[m.better] for m in measured)]
+    titles += ["forward", "backward", "ms", "times T-TAME"] * bool(cost)
     device = escape(report["environment"].get("device", NOT_RECORDED))
     lines = [
         "",
         "Lower (↓) or higher (↑) is better"
-        + (f"; passes of the classifier and milliseconds for one map, on {device}:" if cost else ":"),
+        + ("; n: images, of grid pointing mosaics" if measured else "")
+        + (f"; passes of the classifier and milliseconds for one map, alone, on {device}" if cost else "")
+        + ":",
         "",
         "| map | " + " | ".join(titles) + " |",
         "|---|" + "---|" * len(titles),
     ]
     for method, values in means.items():
-        cells = [number(values.get(m.name), m.digits) for m in measured]
+        cells = [_images(report, method, [m.name for m in measured])]
+        cells += [number(values.get(m.name), m.digits) for m in measured]
         if cost:
-            cells += [
-                number(cost.get(method, {}).get(key)) for key in ("forward_passes", "backward_passes", "ms_per_map")
-            ]
+            keys = ("forward_passes", "backward_passes", "ms_per_map", "times_ttame")
+            cells += [number(cost.get(method, {}).get(key)) for key in keys]
         lines.append(f"| {_shown(method)} | " + " | ".join(cells) + " |")
     return lines
 

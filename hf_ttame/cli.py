@@ -319,6 +319,7 @@ _PRECISION = typer.Option(help="Of the passes: float32, or bfloat16 or float16 w
 _JUDGE = typer.Option(help="Sanity: another classifier, folder or Hub id.")
 _SANITY_IMAGES = typer.Option(help="Sanity: images to check on.")
 _SANITY_STEPS = typer.Option(help="Sanity: steps of the head that is retrained.")
+_REVISION = typer.Option(help="Branch, tag or commit of a Hub dataset.")
 _SHEET = typer.Option(help="Whether to draw contact_sheet.jpg: it shows six of the photographs.")
 _BOXES = typer.Option(help="Column of a box [left, top, right, bottom] in pixels of the picture.")
 
@@ -339,6 +340,7 @@ def evaluate(
     mosaics: Annotated[
         int | None, typer.Option(help="2 x 2 mosaics for grid pointing, at most. Default: --limit, 100 at most.")
     ] = None,
+    revision: Annotated[str | None, _REVISION] = None,
     where: Annotated[str | None, _WHERE] = None,
     box_column: Annotated[str | None, _BOXES] = None,
     image_column: Annotated[str | None, typer.Option(help="Column of the pictures; found if not given.")] = None,
@@ -354,7 +356,7 @@ def evaluate(
     """Measure one explainer: faithfulness, localisation, sanity. Writes a report with intervals and plots."""
     plan = {
         **{"dataset": dataset, "split": split, "limit": limit, "curve_limit": curve_limit, "mosaics": mosaics},
-        **{"where": where, "box_column": box_column, "image_column": image_column},
+        **{"where": where, "box_column": box_column, "image_column": image_column, "revision": revision},
         **{"batch_size": batch_size, "precision": precision, "seed": seed, "methods": ("ttame",)},
     }
     checks = {"images": sanity_images, "steps": sanity_steps, "judge": judge}
@@ -369,7 +371,9 @@ def compare(
     dataset: Annotated[str, _DATASET],
     methods: Annotated[
         str,
-        typer.Option(help="Comma-separated: all, trivial, gradcam, gradcam@LAYER, scorecam, rise, rollout, ..."),
+        typer.Option(
+            help="Comma-separated: all, gradcam, gradcam@LAYER, scorecam, rise, ... Trivial maps are always there."
+        ),
     ] = "all",
     metrics: Annotated[
         str, typer.Option(help="Comma-separated: confidence, adcc, road, insertion-deletion, mosaic, sanity; or all.")
@@ -384,6 +388,7 @@ def compare(
     ] = None,
     slow_mosaics: Annotated[int, typer.Option(help="The same for methods with dozens of passes per map.")] = 0,
     rise_masks: Annotated[int, typer.Option(help="Masks of RISE: its passes per map.")] = 4000,
+    revision: Annotated[str | None, _REVISION] = None,
     where: Annotated[str | None, _WHERE] = None,
     box_column: Annotated[str | None, _BOXES] = None,
     image_column: Annotated[str | None, typer.Option(help="Column of the pictures; found if not given.")] = None,
@@ -392,7 +397,7 @@ def compare(
     sanity_images: Annotated[int, _SANITY_IMAGES] = 64,
     sanity_steps: Annotated[int, _SANITY_STEPS] = 100,
     contact_sheet: Annotated[bool, _SHEET] = True,
-    batch_size: Annotated[int, typer.Option(help="Images per batch, and masked copies per pass.")] = 16,
+    batch_size: Annotated[int, typer.Option(help="Images per batch; at least 32 masked copies per pass.")] = 16,
     precision: Annotated[str, _PRECISION] = "float32",
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
 ) -> None:
@@ -404,6 +409,7 @@ def compare(
         **{"dataset": dataset, "split": split, "limit": limit, "slow_limit": slow_limit, "curve_limit": curve_limit},
         **{"mosaics": mosaics, "slow_mosaics": slow_mosaics, "where": where, "box_column": box_column},
         **{"image_column": image_column, "batch_size": batch_size, "precision": precision, "seed": seed},
+        "revision": revision,
         "methods": tuple(methods.replace(" ", "").split(",")),
         "settings": MethodSettings(rise_masks=rise_masks, batch_size=max(32, batch_size), seed=seed),
     }

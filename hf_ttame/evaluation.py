@@ -7,10 +7,12 @@ Then each method explains batch after batch, image after image where one takes l
 Processes take turns with the batches.
 """
 
+import hashlib
+import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from .baselines import Cost, MapBank, Method, MethodSettings, expand_names, make_method
+from .baselines import TRIVIAL, Cost, MapBank, Method, MethodSettings, expand_names, make_method
+from .dataset_input import dataset_commit, dataset_digest
 from .evaluation_rows import Key, Store
 from .image_processing import preprocess
+from .latency import measure_latency
 from .masking import apply_mask, min_max, resize_maps
 from .metrics import (
     Accumulator,
@@ -45,7 +49,7 @@ from .metrics.localization import MOSAIC_CONFIDENCE, TILES, box_region, fit, hal
 from .modeling_ttame import TTameModel
 from .passes import PassBar, passes_of
 from .paths import check_path
-from .pictures import decode, image_column, open_stream, parse_where, rows
+from .pictures import contents, decode, image_column, open_stream, parse_where, rows
 from .precision import PRECISIONS, passes_in
 from .records import head_fingerprint
 from .reporting import environment, write_report
@@ -65,9 +69,9 @@ class Plan:
         dataset, split, revision, image_column: see `pictures.open_stream`.
         where: "column%N==R", only those rows.
         box_column: column of a box [left, top, right, bottom] in pixels of the picture, for pointing game and energy.
-        methods: names, see `baselines.ALL`; "all" and "trivial" are allowed. The explainer itself is always there.
+        methods: names, see `baselines.ALL`; "all" is allowed. The explainer and the trivial maps are always there.
         metrics: of METRICS; entropy, area and the mean mask value come with "confidence".
-        limit: images; None: all.
+        limit: images; None: all. Of a growing run the first ones stay the same.
         slow_limit: the first so many images for methods with many passes per map (perturbation, integrated gradients).
         curve_limit: the first so many images for ROAD, insertion and deletion.
         mosaics: at most so many 2 x 2 mosaics, four maps each; None: as many as images, 100 at most.
@@ -119,6 +123,12 @@ class Plan:
         """`mosaics`, or what stands in for None."""
         return min(100, self.limit or 100) if self.mosaics is None else self.mosaics
 
+    def identity(self) -> str | None:
+        """What tells this dataset from another: the commit of one on the Hub, names and sizes of local files."""
+        if not os.path.exists(self.dataset):
+            return dataset_commit(self.dataset, self.revision)
+        return dataset_digest(Path(self.dataset), contents(Path(self.dataset), self.split))
+
     def fixed(self) -> dict[str, Any]:
         """What must not change between the parts of one resumed run; methods, metrics and limits may grow."""
         record = asdict(self)
@@ -154,7 +164,6 @@ class Batch:
     pixel_values: torch.Tensor
     boxes: list[Any]
     sizes: list[tuple[int, int]]
-    unreadable: int = 0
 
 
 class Images:
@@ -164,16 +173,22 @@ class Images:
         self.plan, self.model, self.rank, self.world = plan, model, rank, world
         self.dataset = open_stream(plan.dataset, plan.split, plan.revision)
         self.column = image_column(self.dataset, plan.image_column)
+        self.rows = 0  # that the last reading went over, readable or not, of all processes
 
-    def batches(self, limit: int | None, wanted: set[int] | None = None) -> Iterator[Batch]:
-        """Batches of this process among the first `limit` images; a batch without a wanted index is not decoded."""
+    def batches(self, limit: int | None, wanted: set[int] | None = None, size: int | None = None) -> Iterator[Batch]:
+        """Batches of this process among the first `limit` images; a batch without a wanted index is not decoded.
+
+        size: of a batch; None: the plan's.
+        """
+        size = size or self.plan.batch_size
         cells: list[tuple[int, dict[str, Any]]] = []
         number = 0
         for index, row in enumerate(rows(self.dataset, self.column, self.plan.where)):
             if limit is not None and index >= limit:
                 break
+            self.rows = index + 1
             cells.append((index, row))
-            if len(cells) == self.plan.batch_size:
+            if len(cells) == size:
                 yield from self._own(number, cells, wanted)
                 cells, number = [], number + 1
         if cells:
@@ -182,19 +197,18 @@ class Images:
     def _own(self, number: int, cells: list[tuple[int, dict[str, Any]]], wanted: set[int] | None) -> Iterator[Batch]:
         if number % self.world != self.rank or (wanted is not None and not wanted & {index for index, _ in cells}):
             return
-        indices, pictures, boxes, unreadable = [], [], [], 0
+        indices, pictures, boxes = [], [], []
         for index, row in cells:
             try:
                 pictures.append(decode(row[self.column]))
             except ValueError:
-                unreadable += 1
-                continue
+                continue  # it has no row in the report, which says how many there were
             indices.append(index)
             boxes.append(row[self.plan.box_column] if self.plan.box_column else None)
         if pictures:
             pixel_values = preprocess(self.model.image_processor, pictures).to(self.model.device)
             sizes = [picture.size for picture in pictures]
-            yield Batch(torch.tensor(indices), _fast(pixel_values), boxes, sizes, unreadable)
+            yield Batch(torch.tensor(indices), _fast(pixel_values), boxes, sizes)
 
 
 def _fast(pixel_values: torch.Tensor) -> torch.Tensor:
@@ -206,8 +220,9 @@ def _fast(pixel_values: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Scan:
-    """Of n images: `indices` (n,) in the dataset, `targets` (n,) predicted classes, `p` (n,) their probability, `maps`
-    (n, h, w) of the explainer; `tiles` (m, C, H // 2, W // 2) of the confident images `tile_rows` (m,)."""
+    """Of n readable images: `indices` (n,) in the dataset, `targets` (n,) predicted classes, `p` (n,) their
+    probability, `maps` (n, h, w) of the explainer; `tiles` (m, C, H // 2, W // 2) of the confident images `tile_rows`
+    (m,). `unreadable`: how many more there were."""
 
     indices: torch.Tensor
     targets: torch.Tensor
@@ -215,6 +230,7 @@ class Scan:
     maps: torch.Tensor
     tiles: torch.Tensor
     tile_rows: torch.Tensor
+    unreadable: int = 0
 
     def bank(self) -> MapBank:
         """The maps by position in the dataset; unreadable pictures leave an empty map of no class."""
@@ -223,10 +239,12 @@ class Scan:
         maps[self.indices], targets[self.indices] = self.maps.float(), self.targets
         return MapBank(maps, targets)
 
-    def mosaics(self, count: int, seed: int) -> list[list[int]]:
-        """Up to `count` groups of four rows of `tiles` with four different classes, each row used once."""
-        order = torch.randperm(len(self.tiles), generator=torch.Generator().manual_seed(seed)).tolist()
-        left = order
+    def mosaics(self, count: int) -> list[list[int]]:
+        """Up to `count` groups of four rows of `tiles` with four different classes, each row used once.
+
+        A group takes the first that fit: it stays the same, whatever images come later and however many are asked for.
+        """
+        left = list(range(len(self.tiles)))
         groups: list[list[int]] = []
         while len(groups) < count:
             group: list[int] = []
@@ -261,7 +279,7 @@ def scan(model: TTameModel, images: Images, plan: Plan, bar: Any = None) -> Scan
         found.add(batch.indices.tolist(), {"target": targets, "p": p})
         for row, index in enumerate(batch.indices.tolist()):
             found.rows[index]["map"] = maps[row].half().cpu().numpy()
-            if p[row] >= plan.mosaic_confidence and tiles < -(-room // images.world):
+            if p[row] >= plan.mosaic_confidence and tiles < room:
                 tile = half_size(batch.pixel_values[row : row + 1].float().contiguous(), size)[0]
                 found.rows[index]["tile"] = tile.half().cpu().numpy()
                 tiles += 1
@@ -272,7 +290,7 @@ def scan(model: TTameModel, images: Images, plan: Plan, bar: Any = None) -> Scan
         raise ValueError(f"at least 2 readable images are needed, got {len(everywhere)} of {plan.dataset!r}")
     keys = sorted(everywhere.rows)
     entries = [everywhere.rows[key] for key in keys]
-    confident = [row for row, entry in enumerate(entries) if "tile" in entry]
+    confident = [row for row, entry in enumerate(entries) if "tile" in entry][:room]  # of all processes, the first
     return Scan(
         indices=torch.tensor(keys),
         targets=torch.tensor([entry["target"] for entry in entries]),
@@ -282,6 +300,7 @@ def scan(model: TTameModel, images: Images, plan: Plan, bar: Any = None) -> Scan
         if confident
         else torch.zeros(0, 1, 1, 1),
         tile_rows=torch.tensor(confident, dtype=torch.long),
+        unreadable=images.rows - len(keys),
     )
 
 
@@ -300,7 +319,6 @@ def measure_batch(
     count = len(targets)
     shown = min_max(resize_maps(maps, (size[0], size[1])))
     found = {
-        "seconds": torch.full((count,), cost.seconds / count),
         "forward": torch.full((count,), cost.forward / count),
         "backward": torch.full((count,), cost.backward / count),
         "target": targets.cpu(),
@@ -401,14 +419,14 @@ def compare(
     if accelerator:
         model.to(accelerator.device)
     model.eval().to(memory_format=torch.channels_last)
-    names = expand_names(plan.methods, model)
+    names = list(dict.fromkeys([*expand_names(plan.methods, model), *TRIVIAL]))
+    images = Images(plan, model, rank, world)  # a wrong dataset is told before anything is written
     output.mkdir(parents=True, exist_ok=True)
-    record = {**plan.fixed(), "backbone_fingerprint": model.config.backbone_fingerprint}
+    record = {**plan.fixed(), "identity": plan.identity(), **_inputs(model)}
     if accelerator:
         accelerator.wait_for_everyone()
     lock_settings(output, record, main)
 
-    images = Images(plan, model, rank, world)
     hidden = not (main and progress)
     began = time.monotonic()
     own = -(-plan.limit // world) if plan.limit else None  # images of this process
@@ -421,7 +439,7 @@ def compare(
     bank = scanned.bank()
     methods = [make_method(name, model, plan.settings, bank) for name in names]
     head = head_fingerprint(model.head.state_dict())
-    store = Store(output, f"{head[:12]}-{model.config.map_scaling}", rank)
+    store = Store(output, f"{head[:12]}-{model.config.map_scaling}", rank, len(scanned.indices))
     if accelerator:
         accelerator.wait_for_everyone()
     sheet = sheet_images(scanned, plan)
@@ -441,7 +459,7 @@ def compare(
             groups = [group for group in groups if not store.done(("image", index, method.name), group)]
             if groups:
                 todo[index, method.name] = groups
-    groups_of_four = scanned.mosaics(max(plan.most_mosaics, plan.slow_mosaics), plan.seed)
+    groups_of_four = scanned.mosaics(max(plan.most_mosaics, plan.slow_mosaics))
     mosaic_jobs = [
         (number, method)
         for method in methods
@@ -458,10 +476,11 @@ def compare(
             chosen = [method for method in methods if is_slow(method) == slow]
             wanted = {index for index, name in todo if name in {method.name for method in chosen}}
             if wanted:
-                warm: set[str] = set()
-                for batch in images.batches(max(wanted) + 1, wanted):
+                # An image may take minutes there: smaller batches give every process its share.
+                size = min(plan.batch_size, max(1, len(wanted) // (4 * world))) if slow else plan.batch_size
+                for batch in images.batches(max(wanted) + 1, wanted, size):
                     for method in chosen:
-                        _measure_into(store, model, method, batch, targets, todo, plan, sheet, warm, bar)
+                        _measure_into(store, model, method, batch, targets, todo, plan, sheet, bar)
             for place, (number, method) in enumerate(mosaic_jobs):
                 if is_slow(method) == slow and place % world == rank:
                     with bar.step(f"{method.name}, mosaics", TILES * method.passes):
@@ -483,14 +502,49 @@ def compare(
         "map_scaling": model.config.map_scaling,
         "data": " ".join(text for text in (data, plan.split, plan.where) if text),
         "images": len(targets),
+        "unreadable": scanned.unreadable,
         "mosaics": len(groups_of_four),
-        "settings": {**record, "dataset": data},
+        "settings": {**record, "dataset": data, "methods": list(plan.methods), "metrics": list(plan.metrics)},
         "limits": {"slow": plan.slow_limit, "curves": plan.curve_limit, "slow mosaics": plan.slow_mosaics},
-        "environment": environment(model.device, plan.batch_size, plan.precision),
+        "environment": environment(model.device, plan.precision),
     }
     kept = {key: row for key, row in everything.items() if key[2] in names}
+    with passes_in(model, plan.precision), tqdm(desc="latency", total=len(methods), disable=hidden) as latency_bar:
+        latency = measure_latency(
+            model,
+            methods,
+            _first_pictures(Images(plan, model), targets),
+            output,
+            facts["environment"],
+            store.head,
+            lambda name: latency_bar.set_postfix_str(name),
+        )
     shown = sheet_pictures(model, plan, sheet) if contact_sheet else {}
-    return write_report(output, kept, methods, facts, shown, sanity)
+    return write_report(output, kept, methods, facts, shown, sanity, latency)
+
+
+def _inputs(model: TTameModel) -> dict[str, Any]:
+    """What makes the classifier's answer to a picture: another of these, and rows measured before say nothing."""
+    processor = json.dumps(model.image_processor.to_dict(), sort_keys=True, default=str)
+    return {
+        "backbone_fingerprint": model.config.backbone_fingerprint,
+        "processor": hashlib.sha256(processor.encode()).hexdigest()[:16],
+        **{name: _plain(getattr(model.config, name)) for name in ("image_size", "pixel_scale", "pixel_shift")},
+    }
+
+
+def _plain(values: Sequence[float]) -> list[float]:
+    return [float(value) for value in values]
+
+
+def _first_pictures(images: Images, targets: dict[int, int]) -> list[tuple[int, torch.Tensor, int]]:
+    """The first pictures, one by one, with their place and class: what is timed."""
+    for batch in images.batches(None):
+        return [
+            (index, _fast(batch.pixel_values[row : row + 1]), targets[index])
+            for row, index in enumerate(batch.indices.tolist())
+        ]
+    return []
 
 
 def sheet_pictures(model: TTameModel, plan: Plan, sheet: dict[int, int]) -> dict[int, tuple[Image.Image, str]]:
@@ -517,7 +571,6 @@ def _measure_into(
     todo: dict[tuple[int, str], list[str]],
     plan: Plan,
     sheet: dict[int, int],
-    warm: set[str],
     bar: PassBar,
 ) -> None:
     """Measure one method on the images of a batch that still need it; images that need the same measures together, as
@@ -542,9 +595,6 @@ def _measure_into(
         )
         ids = torch.tensor([targets[index] for index in part.indices.tolist()], device=model.device)
         with bar.step(method.name, passes * len(ids)):
-            if method.name not in warm and not is_slow(method):
-                method.at(part.indices)(part.pixel_values, ids)  # the first call allocates; it is not timed
-            warm.add(method.name)
             values = measure_batch(model, method, part, ids, groups, plan)
         maps = values.pop("_sheet", None)
         keys: list[Key] = [("image", index, method.name) for index in part.indices.tolist()]

@@ -23,6 +23,7 @@ Key = tuple[str, int, str]
 
 _FLUSH_SECONDS = 30
 _ALL_ROWS = "per_image.parquet"
+_BORROWED = ("class-mean", "other-image")  # their maps come from the run's other images
 # Which column says that a group of measures was taken.
 _MARKERS = {
     "confidence": "AD soft 100",
@@ -40,14 +41,17 @@ class Store:
         folder: of the run.
         head: fingerprint of the explainer's head; its rows carry it, those of other heads are kept and not used.
         rank: of this process.
+        images: how many the run has: maps borrowed from other images are others where there are more.
     """
 
-    def __init__(self, folder: Path, head: str, rank: int = 0):
-        self.folder, self.head, self.rank = folder, head, rank
+    def __init__(self, folder: Path, head: str, rank: int = 0, images: int = 0):
+        self.folder, self.head, self.rank, self.images = folder, head, rank, images
         self.earlier: dict[Key, dict[str, Any]] = {}
         self._others: dict[str, dict[Key, dict[str, Any]]] = {}
         for file in sorted([*folder.glob("per_image*.parquet"), *folder.glob("part-*.parquet")]):
             for key, row in read_rows(file).items():
+                if row.get("images", images) != images:
+                    continue  # borrowed from fewer or more
                 other = row.get("head", head)
                 rows = self.earlier if other == head else self._others.setdefault(other, {})
                 rows.setdefault(key, {}).update(row)
@@ -69,6 +73,8 @@ class Store:
         for key in keys:
             if key[2] in FROM_THE_HEAD:
                 self.new.rows[key]["head"] = self.head
+            if key[2] in _BORROWED:
+                self.new.rows[key]["images"] = self.images
             self._unwritten[key] = self.new.rows[key]
         if time.monotonic() - self._written_at > _FLUSH_SECONDS:
             self.flush()

@@ -42,10 +42,20 @@ PLACES = (
 MEASURES = (*FAITHFULNESS, *ORDERS, *PLACES)
 
 
+FEWEST = 20
+"""Pairs below which a bootstrap interval is too narrow to say anything: of two equal methods it calls one better in a
+tenth of the cases at 10 pairs, in half of them at 2."""
+
+
 def verdict(difference: dict[str, float] | None, better: str) -> str:
-    """ "better", "worse" or "open" for the first method: its paired interval excludes 0 on one side, or does not."""
+    """ "better", "worse" or "open" for the first method: its paired interval excludes 0 on one side, or does not.
+
+    difference: {"low", "high", "n"}; of fewer than `FEWEST` pairs always "open".
+    """
     if difference is None or not better:
         return "not measured"
+    if difference["n"] < FEWEST:
+        return "open"
     if difference["high"] < 0:
         return "better" if better == "lower" else "worse"
     if difference["low"] > 0:

@@ -85,20 +85,28 @@ def summarise(rows: Rows, methods: Sequence[str]) -> dict[str, Any]:
 
 
 def costs(rows: Rows, methods: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Passes per map (their mean) and milliseconds per map (the median over images) of every method."""
+    """Passes of the classifier per map, their mean over the images, of every method."""
     found = {}
     for name in methods:
-        own = [row for key, row in rows.items() if key[0] == "image" and key[2] == name and "seconds" in row]
+        own = [row for key, row in rows.items() if key[0] == "image" and key[2] == name and "forward" in row]
         if own:
             found[name] = {
                 "forward_passes": round(float(np.mean([row["forward"] for row in own])), 2),
                 "backward_passes": round(float(np.mean([row["backward"] for row in own])), 2),
-                "ms_per_map": round(1000 * float(np.median([row["seconds"] for row in own])), 2),
             }
     return found
 
 
-def environment(device: torch.device, batch_size: int, precision: str) -> dict[str, Any]:
+def _processor_name() -> str:
+    """The model of the CPU, where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
+def environment(device: torch.device, precision: str) -> dict[str, Any]:
     """What latency depends on, and the versions."""
     names = ("torch", "timm", "transformers", "grad-cam", "captum", "hf-ttame")
     versions = {"python": platform.python_version()}
@@ -110,8 +118,8 @@ def environment(device: torch.device, batch_size: int, precision: str) -> dict[s
     accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
         "device": accelerator,
+        "processor": _processor_name(),
         "threads": torch.get_num_threads(),
-        "batch_size": batch_size,
         "precision": precision,
         "versions": versions,
     }
@@ -123,20 +131,26 @@ def environment(device: torch.device, batch_size: int, precision: str) -> dict[s
 def markdown_table(
     methods: Sequence[str], kinds: dict[str, str], means: dict[str, Any], measures: Sequence[Measure]
 ) -> str:
-    """Methods by measures, intervals in brackets. The best method that is not trivial is bold in each column; a
-    trivial map that does at least as well is marked with a dagger."""
+    """Methods by measures, intervals in brackets, with n, the number of images or mosaics.
+
+    In each column the best of the methods that are not trivial is bold, and a trivial map that does at least as well
+    is marked with a dagger: both among those with the most images, as others cannot be compared across.
+    """
     measures = [m for m in measures if any(means[name].get(m.name) for name in methods)]
     if not measures:
         return ""
     arrows = {"lower": " ↓", "higher": " ↑", "": ""}
-    lines = ["| method | " + " | ".join(m.name + arrows[m.better] for m in measures) + " |"]
-    lines.append("|---|" + "---|" * len(measures))
+    lines = ["| method | n | " + " | ".join(m.name + arrows[m.better] for m in measures) + " |"]
+    lines.append("|---|---|" + "---|" * len(measures))
     best = {}
+    most = {m.name: max(means[name][m.name]["n"] for name in methods if means[name].get(m.name)) for m in measures}
     for measure in measures:
         candidates = [
             means[name][measure.name]["mean"]
             for name in methods
-            if kinds[name] != "trivial" and means[name].get(measure.name)
+            if kinds[name] != "trivial"
+            and means[name].get(measure.name)
+            and means[name][measure.name]["n"] == most[measure.name]
         ]
         if measure.better and candidates:
             best[measure.name] = min(candidates) if measure.better == "lower" else max(candidates)
@@ -148,7 +162,7 @@ def markdown_table(
                 cells.append("")
                 continue
             text = f"{entry['mean']:.{measure.digits}f}"
-            if measure.name in best:
+            if measure.name in best and entry["n"] == most[measure.name]:
                 ahead = entry["mean"] - best[measure.name]
                 ahead = -ahead if measure.better == "lower" else ahead
                 if kinds[name] == "trivial":
@@ -159,7 +173,8 @@ def markdown_table(
                 text += f" ({entry['low']:.{measure.digits}f} to {entry['high']:.{measure.digits}f})"
             cells.append(text)
         label = f"*{name}*" if kinds[name] == "trivial" else name
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        counts = sorted({means[name][m.name]["n"] for m in measures if means[name].get(m.name)})
+        lines.append(f"| {label} | {' / '.join(f'{n:,d}' for n in counts)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -171,9 +186,11 @@ def to_markdown(report: dict[str, Any]) -> str:
     lines = [
         f"# {report['model']}: measured beside {len(methods) - 1} other maps",
         "",
-        f"{report['images']} images of {report['data']}, predicted class, the same for all methods. Means with 95 % "
-        "bootstrap intervals. Trivial maps, which know nothing of image or class, are in italics. Bold: best of the "
-        "others; †: a trivial map that does no worse. Command and settings: `report.json`.",
+        f"{report['images']} images of {report['data']}, predicted class, the same for all methods"
+        + (f"; {report['unreadable']} more could not be read" if report.get("unreadable") else "")
+        + ". A row with a smaller n was measured on the first ones alone and is not to be set beside one with more. "
+        "Means with 95 % bootstrap intervals. Trivial maps, which know nothing of image or class, are in italics. "
+        "Bold: best of the others with the most images; †: a trivial map that does no worse. Settings: `report.json`.",
         "",
     ]
     sections: list[tuple[str, str, Sequence[Measure]]] = [
@@ -208,20 +225,21 @@ def to_markdown(report: dict[str, Any]) -> str:
             "",
             markdown_table(methods, kinds, common, FAITHFULNESS),
         ]
-    lines += ["## Cost of a map", "", "| method | kind | layer, settings | forward | backward | ms per map |"]
-    lines += ["|---|---|---|---|---|---|"]
+    lines += ["## Cost of a map", "", "| method | kind | layer, settings | forward | backward | ms | times T-TAME |"]
+    lines += ["|---|---|---|---|---|---|---|"]
     for name in methods:
         entry = report["methods"][name]
         settings = ", ".join(text for text in (entry["layer"], entry["about"]) if text)
         lines.append(
             f"| {name} | {entry['kind']} | {settings} | {entry.get('forward_passes', '')} | "
-            f"{entry.get('backward_passes', '')} | {entry.get('ms_per_map', '')} |"
+            f"{entry.get('backward_passes', '')} | {entry.get('ms_per_map', '')} | {entry.get('times_ttame', '')} |"
         )
     where = report["environment"]
     lines += [
         "",
-        f"Passes counted by hooks; time on {where['device']} in {where['precision']}, up to {where['batch_size']} "
-        "images at once.",
+        f"Passes of the classifier, counted by hooks. Milliseconds of one map, one picture at a time, on "
+        f"{where['processor'] if where['device'] == 'cpu' else where['device']} ({where['threads']} threads) in "
+        f"{where['precision']}, medians; the last column is the median ratio to T-TAME's, taken in turn.",
         "",
     ]
     if report["differences"]:
@@ -390,6 +408,7 @@ def write_report(
     facts: dict[str, Any],
     pictures: dict[int, tuple[Image.Image, str]],
     sanity: dict[str, Any] | None = None,
+    latency: dict[str, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Write report.json, report.md, the plots and the contact sheet into `output`; returns the report.
 
@@ -400,6 +419,7 @@ def write_report(
         facts: what the report says about the run (model, data, images, settings, environment).
         pictures: of the contact sheet, by index, with a caption.
         sanity: results of the checks.
+        latency: of `latency.measure_latency`.
     """
     names = [method.name for method in methods if any(key[2] == method.name for key in rows)]
     summary = summarise(rows, names)
@@ -412,6 +432,7 @@ def write_report(
                 "layer": method.layer,
                 "about": method.about,
                 **cost.get(method.name, {}),
+                **(latency or {}).get(method.name, {}),
                 "measures": summary["means"][method.name],
                 "measures_common": summary["common"][method.name],
             }

@@ -18,10 +18,11 @@ from torch import nn
 
 from hf_ttame import TTameModel, evaluation_rows
 from hf_ttame import evaluation as module
-from hf_ttame.baselines import FROM_THE_HEAD, MethodSettings, expand_names, make_method
+from hf_ttame.baselines import FROM_THE_HEAD, TRIVIAL, MethodSettings, expand_names, make_method
 from hf_ttame.evaluation import Images, Plan, Scan, compare
 from hf_ttame.evaluation_rows import Store, read_rows, write_rows
-from hf_ttame.measures import FAITHFULNESS, Measure, verdict
+from hf_ttame.features import inner_module
+from hf_ttame.measures import FAITHFULNESS, FEWEST, Measure, verdict
 from hf_ttame.metrics import mean_interval
 from hf_ttame.passes import PassBar
 from hf_ttame.pictures import parse_where
@@ -45,8 +46,17 @@ def pictures(photo: Callable[..., Image.Image], tmp_path_factory: pytest.TempPat
 
 
 @pytest.fixture(scope="module")
-def model(timm_cnn: nn.Module) -> TTameModel:
-    return TTameModel.from_backbone(copy.deepcopy(timm_cnn))  # its memory format is changed
+def model(timm_cnn: nn.Module, pictures: Path) -> TTameModel:
+    """An explainer whose classifier predicts at least four classes: mosaics need them."""
+    made = TTameModel.from_backbone(copy.deepcopy(timm_cnn))  # its memory format is changed
+    classifier = inner_module(made.backbone).fc
+    assert isinstance(classifier, nn.Linear)
+    (batch,) = Images(plan(pictures, limit=10, batch_size=10), made).batches(10)
+    with torch.no_grad():
+        classifier.weight.mul_(5)
+        classifier.bias.sub_(made.classify(batch.pixel_values).mean(dim=0))
+        assert len(made.classify(batch.pixel_values[:6]).argmax(dim=1).unique()) >= 4
+    return TTameModel.from_backbone(inner_module(made.backbone))
 
 
 def plan(pictures: Path, **changes) -> Plan:
@@ -63,9 +73,7 @@ def finished(pictures: Path, model: TTameModel, tmp_path_factory: pytest.TempPat
 
 def rows_without_time(folder: Path) -> dict:
     rows = read_rows(folder / "per_image.parquet")
-    return {
-        key: {k: v for k, v in row.items() if k not in ("seconds", "sheet map", "head")} for key, row in rows.items()
-    }
+    return {key: {k: v for k, v in row.items() if k not in ("sheet map", "head")} for key, row in rows.items()}
 
 
 def same_rows(a: dict, b: dict) -> bool:
@@ -109,8 +117,9 @@ def test_trivial_maps_score_as_they_must(finished: tuple[Path, dict]) -> None:
     assert ones["ADCC"]["mean"] == 0
     blob, own = measures["random-blob"]["measures"], measures["ttame"]["measures"]
     assert blob["mean mask"]["mean"] == pytest.approx(own["mean mask"]["mean"], abs=0.02)  # up to the resizing
-    if "grid pointing" in ones:
-        assert ones["grid pointing"]["mean"] == pytest.approx(25)
+    assert ones["grid pointing"]["mean"] == pytest.approx(25)
+    assert measures["gaussian"]["measures"]["grid pointing"]["mean"] == pytest.approx(25, abs=0.1)
+    assert own["grid pointing"]["n"] == 1
 
 
 def test_figures_are_those_of_the_rows(finished: tuple[Path, dict]) -> None:
@@ -166,7 +175,7 @@ def test_a_killed_run_continues_and_measures_nothing_twice(
     # Once more: nothing is left to do. Then one method and one image more: only they are measured.
     count = len(measured)
     compare(model, plan(pictures, methods=("layercam",), metrics=("confidence",), limit=7), output, progress=False)
-    assert {name for name, _ in measured[count:]} == {"ttame", "layercam"}
+    assert {name for name, _ in measured[count:]} == {"ttame", "layercam", *TRIVIAL}
     assert [indices for name, indices in measured[count:] if name == "ttame"] == [(6,)]
 
 
@@ -221,7 +230,9 @@ def test_mosaics_follow_the_limit(pictures: Path) -> None:
         assert plan(pictures, limit=limit, mosaics=mosaics).most_mosaics == most
 
 
-def test_results_of_another_run_are_not_mixed(pictures: Path, model: TTameModel, finished: tuple[Path, dict]) -> None:
+def test_results_of_another_run_are_not_mixed(
+    pictures: Path, model: TTameModel, finished: tuple[Path, dict], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ValueError, match=r"seed \(0 there, 1 here\)"):
         compare(model, plan(pictures, seed=1), finished[0], progress=False)
     backbone = copy.deepcopy(model.backbone)
@@ -229,6 +240,71 @@ def test_results_of_another_run_are_not_mixed(pictures: Path, model: TTameModel,
     other = TTameModel.from_backbone(backbone)
     with pytest.raises(ValueError, match="backbone_fingerprint"):
         compare(other, plan(pictures), finished[0], progress=False)
+    monkeypatch.setattr(model.image_processor, "do_center_crop", not model.image_processor.do_center_crop)
+    with pytest.raises(ValueError, match="different: processor"):
+        compare(model, plan(pictures), finished[0], progress=False)
+
+
+def test_another_dataset_of_the_same_name_is_refused(
+    pictures: Path, model: TTameModel, finished: tuple[Path, dict], tmp_path: Path, photo: Callable[..., Image.Image]
+) -> None:
+    other = Path(shutil.copytree(pictures, tmp_path / pictures.name))
+    assert compare(model, plan(other), finished[0], progress=False)["images"] == 6, "a copy is the same"
+    rows = datasets.Dataset.from_parquet(str(other / "validation-0.parquet"), cache_dir=str(tmp_path / "cache"))
+    rows.select(range(1, 10)).to_parquet(str(other / "validation-0.parquet"))
+    with pytest.raises(ValueError, match="identity"):
+        compare(model, plan(other), finished[0], progress=False)
+
+
+def test_a_wrong_split_leaves_no_trace(pictures: Path, model: TTameModel, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no split 'valdation'"):
+        compare(model, plan(pictures, split="valdation"), tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_mosaics_are_measured_once_and_go_on(
+    pictures: Path, model: TTameModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that grew has the figures of one that was as large from the beginning."""
+    measured: list[tuple[str, int]] = []
+    real = module.measure_mosaic
+
+    def noted(model, method, number, *rest):
+        measured.append((method.name, number))
+        return real(model, method, number, *rest)
+
+    monkeypatch.setattr(module, "measure_mosaic", noted)
+    settings = {"metrics": ("confidence", "mosaic"), "methods": ("gradcam", "scorecam")}
+    compare(model, plan(pictures, limit=6, mosaics=1, **settings), tmp_path / "grown", progress=False)
+    assert {number for _, number in measured} == {0}
+    assert "scorecam" not in dict(measured), "slow methods have a number of their own"
+    grown = plan(pictures, limit=10, mosaics=5, slow_mosaics=1, **settings)
+    report = compare(model, grown, tmp_path / "grown", progress=False)
+    kept = [entry for entry in measured if entry[0] not in ("class-mean", "other-image")]  # borrowed from more images
+    assert len(kept) == len(set(kept))
+    compare(model, grown, tmp_path / "at-once", progress=False)
+    assert same_rows(rows_without_time(tmp_path / "grown"), rows_without_time(tmp_path / "at-once"))
+    rows = read_rows(tmp_path / "grown" / "per_image.parquet")
+    found = [rows["mosaic", number, "gradcam"]["grid pointing"] for number in range(report["mosaics"])]
+    assert report["methods"]["gradcam"]["measures"]["grid pointing"]["mean"] == pytest.approx(np.mean(found), abs=1e-3)
+
+
+def test_times_are_taken_in_turn_and_kept(
+    pictures: Path, model: TTameModel, finished: tuple[Path, dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = finished[1]["methods"]
+    assert entries["ttame"]["times_ttame"] == 1
+    assert entries["scorecam"]["times_ttame"] > 5
+    assert entries["scorecam"]["rounds"] == 3
+    assert entries["gradcam"]["rounds"] == 12
+    output = Path(shutil.copytree(finished[0], tmp_path / "run"))
+    report = compare(model, plan(pictures), output, progress=False)
+    assert {name: entry["ms_per_map"] for name, entry in report["methods"].items()} == {
+        name: entry["ms_per_map"] for name, entry in entries.items()
+    }
+    monkeypatch.setattr(module, "environment", lambda *_: {**finished[1]["environment"], "processor": "another"})
+    again = compare(model, plan(pictures), output, progress=False)
+    assert again["methods"]["scorecam"]["ms_per_map"] != entries["scorecam"]["ms_per_map"]
 
 
 def test_two_processes_share_the_work(pictures: Path, tmp_path: Path, vit_folder: Path) -> None:
@@ -250,7 +326,7 @@ def test_two_processes_share_the_work(pictures: Path, tmp_path: Path, vit_folder
     same = Plan(str(pictures), methods=("rollout", "ones"), metrics=("confidence",), limit=7, batch_size=2)
     compare(TTameModel.from_pretrained(explainer), same, alone, progress=False)
     rows = rows_without_time(output)
-    assert len(rows) == 7 * 3
+    assert len(rows) == 7 * (3 + len(TRIVIAL) - 1)  # ttame, rollout, and the trivial maps, which are always there
     assert same_rows(rows, rows_without_time(alone))
 
 
@@ -288,11 +364,13 @@ def test_mosaics_have_four_classes_and_use_an_image_once() -> None:
     targets = torch.tensor([0, 0, 1, 2, 3, 3, 1, 2, 0, 4])
     tiles = torch.zeros(10, 1, 2, 2)
     scanned = Scan(torch.arange(10), targets, torch.ones(10), torch.zeros(10, 2, 2), tiles, torch.arange(10))
-    groups = scanned.mosaics(5, seed=0)
+    groups = scanned.mosaics(5)
     assert len(groups) == 2
     assert len({row for group in groups for row in group}) == 8
     assert all(len({int(targets[row]) for row in group}) == 4 for group in groups)
-    assert scanned.mosaics(1, seed=0) == groups[:1]
+    assert scanned.mosaics(1) == groups[:1]
+    first = Scan(torch.arange(6), targets[:6], torch.ones(6), torch.zeros(6, 2, 2), tiles[:6], torch.arange(6))
+    assert first.mosaics(5) == groups[:1], "of a run that grew they are still the same"
 
 
 def test_unreadable_pictures_are_left_out_and_two_are_needed(
@@ -309,7 +387,11 @@ def test_unreadable_pictures_are_left_out_and_two_are_needed(
         tmp_path / "out",
         progress=False,
     )
-    assert report["images"] == 3
+    assert (report["images"], report["unreadable"]) == (3, 1)
+    assert (
+        "3 images of a local folder validation, predicted class, the same for all methods; 1 more could not"
+        in (tmp_path / "out" / "report.md").read_text()
+    )
     for number in (1, 2):
         (folder / f"{number}.png").unlink()
     with pytest.raises(ValueError, match="at least 2 readable images"):
@@ -357,13 +439,16 @@ def test_a_new_head_measures_only_its_own_rows_and_the_old_ones_are_kept(
     report = compare(other, plan(pictures), output, progress=False, contact_sheet=False)
     assert "contact_sheet.jpg" in finished[1]["pictures"].values()
     assert "contact_sheet.jpg" not in report["pictures"].values()
-    assert set(measured) == {name for name in METHODS if name in FROM_THE_HEAD} | {"ttame"}
+    assert set(measured) == {"ttame", *FROM_THE_HEAD}
     before, after = finished[1]["methods"], report["methods"]
     assert after["gradcam"] == before["gradcam"]
     assert after["ttame"]["measures"] != before["ttame"]["measures"]
     assert len(list(output.glob("per_image-*.parquet"))) == 1
     measured.clear()
-    assert compare(model, plan(pictures), output, progress=False)["methods"] == before  # the old head again
+    again = compare(model, plan(pictures), output, progress=False)["methods"]  # the old head again
+    assert {name: entry["measures"] for name, entry in again.items()} == {
+        name: entry["measures"] for name, entry in before.items()
+    }
     assert not measured
     # A map that is scaled in another way is another map.
     other = copy.deepcopy(model)
@@ -405,21 +490,24 @@ def test_every_quick_method_runs_in_lower_precision(backbone: str, request: pyte
 
 
 def test_verdicts_and_bold_figures() -> None:
-    assert verdict({"low": -3, "high": -1}, "lower") == "better"
-    assert verdict({"low": -3, "high": -1}, "higher") == "worse"
-    assert verdict({"low": -1, "high": 1}, "lower") == "open"
+    assert verdict({"low": -3, "high": -1, "n": FEWEST}, "lower") == "better"
+    assert verdict({"low": -3, "high": -1, "n": FEWEST}, "higher") == "worse"
+    assert verdict({"low": -1, "high": 1, "n": FEWEST}, "lower") == "open"
+    assert verdict({"low": -3, "high": -1, "n": FEWEST - 1}, "lower") == "open", "too few to tell"
     assert verdict(None, "lower") == "not measured"
     means = {
         "ttame": {"m": {"mean": 2.0, "low": 1.0, "high": 3.0, "n": 9}},
         "other": {"m": {"mean": 4.0, "low": 3.0, "high": 5.0, "n": 9}},
         "ones": {"m": {"mean": 1.0, "low": 1.0, "high": 1.0, "n": 9}},
+        "few": {"m": {"mean": 0.5, "low": 0.0, "high": 1.0, "n": 3}},
     }
-    kinds = {"ttame": "one pass", "other": "gradient", "ones": "trivial"}
+    kinds = {"ttame": "one pass", "other": "gradient", "ones": "trivial", "few": "perturbation"}
     table = markdown_table(list(means), kinds, means, [Measure("m", "lower")])
-    assert "| ttame | **2.0** (1.0 to 3.0) |" in table
-    assert "| other | 4.0 (3.0 to 5.0) |" in table
-    assert "| *ones* | 1.0† (1.0 to 1.0) |" in table
-    assert "| other | **4.0**" in markdown_table(list(means), kinds, means, [Measure("m", "higher")])
+    assert "| ttame | 9 | **2.0** (1.0 to 3.0) |" in table
+    assert "| other | 9 | 4.0 (3.0 to 5.0) |" in table
+    assert "| *ones* | 9 | 1.0† (1.0 to 1.0) |" in table
+    assert "| few | 3 | 0.5 (0.0 to 1.0) |" in table, "three images do not beat nine"
+    assert "| other | 9 | **4.0**" in markdown_table(list(means), kinds, means, [Measure("m", "higher")])
 
 
 def test_summary_pairs_only_shared_images() -> None:

@@ -2,13 +2,14 @@
 
 from .contract import KINDS, Explain, Method
 from .counting import Cost
-from .registry import ALL, FROM_THE_HEAD, MethodSettings, cam_layer, expand_names, make_method
+from .registry import ALL, FROM_THE_HEAD, TRIVIAL, MethodSettings, cam_layer, expand_names, make_method
 from .trivial import MapBank
 
 __all__ = [
     "ALL",
     "FROM_THE_HEAD",
     "KINDS",
+    "TRIVIAL",
     "Cost",
     "Explain",
     "MapBank",

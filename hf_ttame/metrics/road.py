@@ -17,7 +17,7 @@ from .judging import Judge
 from .ordering import pixel_ranks
 
 FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
-NOISE = 0.01  # standard deviation in the space of the pixel values, as in the paper's code
+NOISE = 0.01  # standard deviation, of normalised values as in the package grad-cam; the paper's: of [0, 1] pixels
 _MAX_ITERATIONS = 200
 
 
