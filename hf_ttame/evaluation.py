@@ -233,7 +233,7 @@ class Scan:
     unreadable: int = 0
 
     def bank(self) -> MapBank:
-        """The maps by position in the dataset; unreadable pictures leave an empty map of no class."""
+        """The maps by position in the dataset; unreadable pictures leave class -1, of which no map is lent."""
         size = int(self.indices.max()) + 1
         maps, targets = torch.zeros(size, *self.maps.shape[1:]), torch.full((size,), -1)
         maps[self.indices], targets[self.indices] = self.maps.float(), self.targets

@@ -373,6 +373,16 @@ def test_mosaics_have_four_classes_and_use_an_image_once() -> None:
     assert first.mosaics(5) == groups[:1], "of a run that grew they are still the same"
 
 
+def test_maps_of_unreadable_pictures_are_not_lent() -> None:
+    maps = torch.tensor([1.0, 2.0, 3.0])[:, None, None].expand(3, 2, 2)
+    targets = torch.tensor([5, 6, 7])
+    nothing = torch.zeros(0, 1, 1, 1)
+    bank = Scan(torch.tensor([0, 1, 4]), targets, torch.ones(3), maps, nothing, torch.zeros(0)).bank()
+    x, readable = torch.zeros(3, 3, 2, 2), torch.tensor([0, 1, 4])  # positions 2 and 3 could not be read
+    assert bank.another_image(readable)(x, targets)[:, 0, 0].tolist() == [3.0, 3.0, 2.0]
+    assert bank.class_mean(readable)(x, targets)[:, 0, 0].tolist() == [2.5, 2.0, 1.5]
+
+
 def test_unreadable_pictures_are_left_out_and_two_are_needed(
     model: TTameModel, photo: Callable[..., Image.Image], tmp_path: Path
 ) -> None:

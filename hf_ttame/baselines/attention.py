@@ -35,8 +35,6 @@ class AttentionRecorder(TorchFunctionMode):
 
     def _note(self, weights: torch.Tensor) -> None:
         if weights.ndim == 4 and weights.shape[-2:] == (self.tokens, self.tokens):
-            if weights.requires_grad:
-                weights.retain_grad()
             self.found.append(weights)
 
     def _in_two_steps(
@@ -121,7 +119,7 @@ def gradient_attention(model: TTameModel) -> Explain:
                 logits = model.classify(pixels)
             _check(recorder.found, tokens)
             score = logits.gather(1, class_ids[:, None]).sum()
-            gradients = torch.autograd.grad(score, recorder.found)
+            gradients = torch.autograd.grad(score, recorder.found)  # goes back to the first attention and no further
         relevance = torch.eye(tokens, device=pixels.device).expand(len(pixels), -1, -1)
         for weights, gradient in zip(recorder.found, gradients, strict=True):
             flow = (gradient * weights).clamp(min=0).mean(dim=1).detach().float()

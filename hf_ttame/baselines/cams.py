@@ -1,7 +1,8 @@
 """The class activation maps of the package `grad-cam`, on any backbone that has feature layers.
 
 The package hooks a module that returns one tensor. Here it hooks a module of our own through which the layer's
-output is led, so that outputs in tuples, of any layout, or overwritten in place later, work as well.
+output is led, so that outputs in tuples, of any layout, or overwritten in place later, work as well. Gradients are
+asked for there and not at the pixels: the backward pass ends at the layer, and what a map costs is not overstated.
 """
 
 import contextlib
@@ -28,7 +29,10 @@ NAMES = {
 
 
 class TappedClassifier(nn.Module):
-    """Pixel values to logits, the output of one layer led through `tap` on its way."""
+    """Pixel values to logits, the output of one layer led through `tap` on its way.
+
+    The weights are frozen, so with gradients enabled autograd follows the pass from the tap on and nothing before it.
+    """
 
     def __init__(self, model: TTameModel, layer: FeatureLayer):
         super().__init__()
@@ -40,7 +44,8 @@ class TappedClassifier(nn.Module):
     def _through_tap(self, _module: nn.Module, _args: Any, output: Any) -> Any:
         if isinstance(output, (tuple, list)):
             return type(output)([self._through_tap(_module, _args, output[0]), *output[1:]])
-        tapped = self.tap(output.float()).to(output.dtype)  # the package reads its activations as NumPy arrays
+        start = output.detach().float()  # the package reads its activations as NumPy arrays
+        tapped = self.tap(start.requires_grad_(torch.is_grad_enabled())).to(output.dtype)
         return tapped.clone() if self.layer.clone else tapped
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -54,6 +59,9 @@ class TappedClassifier(nn.Module):
 
 def cam(name: str, model: TTameModel, layer: FeatureLayer, batch_size: int = 32) -> Explain:
     """One of NAMES on one layer, as the package computes it: negative values cut, scaled to [0, 1], at image size.
+
+    Score-CAM multiplies the normalised pixels by its masks, so what it hides takes the mean colour; RISE, AD and IC
+    hide with black.
 
     Args:
         name: a key of NAMES.
@@ -81,12 +89,10 @@ def cam(name: str, model: TTameModel, layer: FeatureLayer, batch_size: int = 32)
         method = kind(model=tapped, target_layers=[tapped.tap], **settings)
         method.batch_size = batch_size
         wanted = [ClassifierOutputTarget(int(class_id)) for class_id in class_ids]
-        # Frozen weights ask for no gradients: they reach the layer because the input asks for them.
-        pixels = pixel_values.detach().clone().requires_grad_()
         try:
             # Some methods draw a progress bar per image.
-            with torch.enable_grad(), contextlib.redirect_stderr(io.StringIO()):
-                maps = method(pixels, wanted)
+            with torch.set_grad_enabled(method.uses_gradients), contextlib.redirect_stderr(io.StringIO()):
+                maps = method(pixel_values.detach(), wanted)
         finally:
             method.activations_and_grads.release()
         return torch.from_numpy(maps).to(pixel_values.device)

@@ -26,8 +26,9 @@ _KINDS = {
     **dict.fromkeys(TRIVIAL, "trivial"),
 }
 ALL = tuple(_KINDS)
-FROM_THE_HEAD = ("ttame", "random-blob", "class-mean", "other-image")
-"""Methods whose maps another head would change; all others show the classifier alone."""
+FROM_THE_HEAD = ("ttame", "random-blob", "class-mean", "other-image", "gradcam-blurred")
+"""Methods whose maps another head would change: its own maps, those that borrow from them, and Grad-CAM blurred to the
+size of its maps. All others show the classifier alone."""
 _FOR_TOKENS = ("rollout", "gradient-attention")
 
 

@@ -54,16 +54,22 @@ class MapBank:
 
     Args:
         maps: (n, h, w), in [0, 1], of the predicted class of image i.
-        targets: (n,), that class.
+        targets: (n,), that class; -1 where the picture could not be read: its map is never lent.
+
+    Raises:
+        ValueError: fewer than 2 maps to lend, or not one class per map.
     """
 
     def __init__(self, maps: torch.Tensor, targets: torch.Tensor):
-        if len(maps) != len(targets) or len(maps) < 2:
+        readable = targets >= 0
+        if len(maps) != len(targets) or int(readable.sum()) < 2:
             raise ValueError(
-                f"a bank needs the maps of at least 2 images, got {len(maps)} maps, {len(targets)} classes"
+                f"a bank needs the maps of at least 2 images, each with its class, got {len(maps)} maps, "
+                f"{len(targets)} classes, {int(readable.sum())} of them of readable images"
             )
         self.maps = maps.float()
         self.targets = targets
+        self.readable = readable
 
     def class_mean(self, indices: torch.Tensor) -> Explain:
         """The mean map of the other images of the class; of all other images where the class has none."""
@@ -71,7 +77,7 @@ class MapBank:
         def explain(pixel_values: torch.Tensor, class_ids: torch.Tensor) -> torch.Tensor:
             found = []
             for index, class_id in zip(indices.tolist(), class_ids.tolist(), strict=True):
-                others = torch.ones(len(self.maps), dtype=torch.bool)
+                others = self.readable.clone()
                 if 0 <= index < len(others):
                     others[index] = False
                 same = others & (self.targets == class_id)
@@ -81,11 +87,16 @@ class MapBank:
         return explain
 
     def another_image(self, indices: torch.Tensor) -> Explain:
-        """The map of the image half the dataset further on."""
+        """The map of the image half the dataset further on, or of the next one after it that could be read."""
+        count = len(self.maps)
 
         def explain(pixel_values: torch.Tensor, class_ids: torch.Tensor) -> torch.Tensor:
-            other = (indices + max(1, len(self.maps) // 2)) % len(self.maps)
-            return self.maps[other].to(pixel_values.device)
+            found = []
+            for index in indices.tolist():
+                half = index + max(1, count // 2)
+                places = ((half + step) % count for step in range(count))
+                found.append(next(place for place in places if self.readable[place] and place != index))
+            return self.maps[found].to(pixel_values.device)
 
         return explain
 
