@@ -10,7 +10,7 @@ Processes take turns with the batches.
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -225,29 +225,32 @@ class Scan:
 
     def mosaics(self, count: int, seed: int) -> list[list[int]]:
         """Up to `count` groups of four rows of `tiles` with four different classes, each row used once."""
-        order = torch.randperm(len(self.tiles), generator=torch.Generator().manual_seed(seed)).tolist()
-        left = order
-        groups: list[list[int]] = []
-        while len(groups) < count:
-            group: list[int] = []
-            seen: set[int] = set()
-            for row in left:
-                target = int(self.targets[self.tile_rows[row]])
-                if target not in seen:
-                    group.append(row)
-                    seen.add(target)
-                if len(group) == TILES:
-                    break
-            if len(group) < TILES:
-                return groups
-            groups.append(group)
-            left = [row for row in left if row not in group]
-        return groups
+        return group_by_four(self.targets[self.tile_rows].tolist(), count, seed)
+
+
+def group_by_four(classes: Sequence[int], count: int, seed: int) -> list[list[int]]:
+    """Up to `count` groups of four positions in `classes` with four different ones, each position used once."""
+    left = torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed)).tolist()
+    groups: list[list[int]] = []
+    while len(groups) < count:
+        group: list[int] = []
+        seen: set[int] = set()
+        for row in left:
+            if classes[row] not in seen:
+                group.append(row)
+                seen.add(classes[row])
+            if len(group) == TILES:
+                break
+        if len(group) < TILES:
+            return groups
+        groups.append(group)
+        left = [row for row in left if row not in group]
+    return groups
 
 
 @torch.no_grad()
 def scan(model: TTameModel, images: Images, plan: Plan, bar: Any = None) -> Scan:
-    """Classify and explain every image once; the same result on every process."""
+    """Classify and explain every image once; the same result on every process among which `images` are shared."""
     size = (model.config.image_size[0], model.config.image_size[1])
     found = Accumulator()
     # Twice what the mosaics need, for four different classes each.
@@ -267,7 +270,7 @@ def scan(model: TTameModel, images: Images, plan: Plan, bar: Any = None) -> Scan
                 tiles += 1
         if bar is not None:
             bar.update(len(targets))
-    everywhere = found.gather()
+    everywhere = found.gather() if images.world > 1 else found  # the sanity checks scan on one process of several
     if len(everywhere) < 2:
         raise ValueError(f"at least 2 readable images are needed, got {len(everywhere)} of {plan.dataset!r}")
     keys = sorted(everywhere.rows)
