@@ -95,8 +95,11 @@ def figures(own: Mapping[str, Any], report: Any, further: Sequence[Any] = ()) ->
     if report["sanity"]:
         lines += ["", "Sanity checks:", ""]
         for name, check in report["sanity"].items():
-            passed = "passed" if check.get("passed") is True else "**not passed**"
             must, value = escape(check.get("must", NOT_RECORDED)), escape(check.get("value", NOT_MEASURED))
+            if "passed" in check and check["passed"] is None:  # the value says why
+                lines.append(f"- {escape(name)}: {value}")
+                continue
+            passed = "passed" if check.get("passed") is True else "**not passed**"
             lines.append(f"- {escape(name)}: {value}, must be {must}: {passed}")
     if missing := _missing(report):
         lines += ["", _not_measured(missing)]

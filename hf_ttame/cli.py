@@ -499,7 +499,10 @@ def _measure(
     _quiet()
     for module in ("accelerate", "datasets", "matplotlib"):
         _require(module, "eval")
+    from datetime import timedelta
+
     from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
 
     from .evaluation import METRICS, Plan, compare
     from .paths import check_path
@@ -511,15 +514,15 @@ def _measure(
     made = Plan(**plan, metrics=measured)
     if checks["judge"]:
         check_path(checks["judge"], "judge")
-    accelerator = Accelerator()
+    # Processes wait for one another: for the one that makes the sanity checks, and for the one that is slowest.
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))])
     explainer = _load(model, backbone)
     sanity = None
-    if "sanity" in groups:
+    if "sanity" in groups and accelerator.is_main_process:
         from .sanity_checks import run_checks
 
         output.mkdir(parents=True, exist_ok=True)
-        kept = output if accelerator.is_main_process else None
-        sanity = run_checks(explainer.to(accelerator.device), made, say=accelerator.print, folder=kept, **checks)
+        sanity = run_checks(explainer.to(accelerator.device), made, say=typer.echo, folder=output, **checks)
     try:
         report = compare(explainer, made, output, accelerator=accelerator, sanity=sanity, contact_sheet=contact_sheet)
     except KeyboardInterrupt:

@@ -240,32 +240,36 @@ class Scan:
         return MapBank(maps, targets)
 
     def mosaics(self, count: int) -> list[list[int]]:
-        """Up to `count` groups of four rows of `tiles` with four different classes, each row used once.
+        """Up to `count` groups of four rows of `tiles` with four different classes, each row used once."""
+        return group_by_four(self.targets[self.tile_rows].tolist(), count)
 
-        A group takes the first that fit: it stays the same, whatever images come later and however many are asked for.
-        """
-        left = list(range(len(self.tiles)))
-        groups: list[list[int]] = []
-        while len(groups) < count:
-            group: list[int] = []
-            seen: set[int] = set()
-            for row in left:
-                target = int(self.targets[self.tile_rows[row]])
-                if target not in seen:
-                    group.append(row)
-                    seen.add(target)
-                if len(group) == TILES:
-                    break
-            if len(group) < TILES:
-                return groups
-            groups.append(group)
-            left = [row for row in left if row not in group]
-        return groups
+
+def group_by_four(classes: Sequence[int], count: int) -> list[list[int]]:
+    """Up to `count` groups of four positions in `classes` with four different ones, each position used once.
+
+    A group takes the first that fit: it stays the same, whatever comes later and however many are asked for.
+    """
+    left = list(range(len(classes)))
+    groups: list[list[int]] = []
+    while len(groups) < count:
+        group: list[int] = []
+        seen: set[int] = set()
+        for row in left:
+            if classes[row] not in seen:
+                group.append(row)
+                seen.add(classes[row])
+            if len(group) == TILES:
+                break
+        if len(group) < TILES:
+            return groups
+        groups.append(group)
+        left = [row for row in left if row not in group]
+    return groups
 
 
 @torch.no_grad()
 def scan(model: TTameModel, images: Images, plan: Plan, bar: Any = None) -> Scan:
-    """Classify and explain every image once; the same result on every process."""
+    """Classify and explain every image once; the same result on every process among which `images` are shared."""
     size = (model.config.image_size[0], model.config.image_size[1])
     found = Accumulator()
     # Twice what the mosaics need, for four different classes each.
@@ -285,7 +289,7 @@ def scan(model: TTameModel, images: Images, plan: Plan, bar: Any = None) -> Scan
                 tiles += 1
         if bar is not None:
             bar.update(len(targets))
-    everywhere = found.gather()
+    everywhere = found.gather() if images.world > 1 else found  # the sanity checks scan on one process of several
     if len(everywhere) < 2:
         raise ValueError(f"at least 2 readable images are needed, got {len(everywhere)} of {plan.dataset!r}")
     keys = sorted(everywhere.rows)

@@ -261,7 +261,8 @@ def to_markdown(report: dict[str, Any]) -> str:
     if report.get("sanity"):
         lines += ["## Sanity", "", "| check | value | must | passed |", "|---|---|---|---|"]
         for name, check in report["sanity"].items():
-            lines.append(f"| {name} | {check['value']} | {check['must']} | {'yes' if check['passed'] else '**no**'} |")
+            passed = {True: "yes", None: "not made"}.get(check["passed"], "**no**")
+            lines.append(f"| {name} | {check['value']} | {check['must']} | {passed} |")
         lines.append("")
     for title, file in report["pictures"].items():
         lines += [f"![{title}]({file})", ""]

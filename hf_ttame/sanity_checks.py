@@ -17,9 +17,9 @@ from torch import nn
 from .answers import choose_targets
 from .backbones import Backbone, load_backbone
 from .baselines import make_method
-from .evaluation import Images, Plan, Scan, scan
-from .features import classify, probe_noise
-from .head import TTameHead, start_as_classifier
+from .evaluation import Images, Plan, Scan, group_by_four, scan
+from .features import classify, logits_of, probe_noise
+from .head import TTameHead, start_as_classifier, unsaturate
 from .image_processing import measure_normalisation
 from .layer_choice import find_pooled_classifier
 from .losses import ttame_loss
@@ -28,8 +28,10 @@ from .metrics import energy_inside, grid_pointing, impute, judge_by
 from .metrics.confidence import drops
 from .metrics.insertion_deletion import empty_image
 from .metrics.judging import Judge
-from .metrics.localization import TILES, fit, mosaic
+from .metrics.localization import TILES, fit, half_size, mosaic
 from .metrics.sanity import (
+    NO_PRIOR_MUST,
+    ON_MOSAICS_MUST,
     Check,
     check_class_on_mosaics,
     check_no_prior,
@@ -38,12 +40,15 @@ from .metrics.sanity import (
     check_randomised,
     check_stable,
     check_watermark,
+    not_made,
+    not_worse_must,
     rank_correlation,
 )
 from .modeling_ttame import TTameModel
 from .records import head_fingerprint
 from .saving import write_whole
 
+EXPERIMENTS = 2  # goes up when a check changes: what sanity.json holds of an earlier one does not count
 SHARES = (0.25, 0.5, 0.75, 1.0)
 DRAWS = 2  # random backbones per share
 SHIFT = 4  # pixels
@@ -146,17 +151,47 @@ def fresh_head(model: TTameModel, seed: int = 0) -> None:
         head = TTameHead.from_config(config)
     size = (config.image_size[0], config.image_size[1])
     noise = probe_noise(len(config.pixel_scale), size, seed).to(model.device)
-    if config.head_init == "classifier" and (
-        pooled := find_pooled_classifier(model.backbone, noise, or_class_token=True)
-    ):
+    warm = config.head_init == "classifier"
+    pooled = find_pooled_classifier(model.backbone, noise, or_class_token=True) if warm else None
+    if pooled:
         start_as_classifier(head, pooled, config.classifier_outputs)
-    model.head = head.to(next(model.head.parameters()))
+    model.head = head.to(next(model.head.parameters())).eval()
+    if not pooled:
+        unsaturate(model.head, model.features(noise)[1])
+
+
+def spread_answers(backbone: nn.Module, pixel_values: torch.Tensor) -> None:
+    """Centre and scale each logit over these pictures, from now on, by a hook.
+
+    A random backbone gives nearly the same logits for every picture, hence one answer for all; what little differs
+    between pictures then decides. A logit that differs by no more than rounding stays near 0.
+    """
+    with torch.no_grad():
+        logits = torch.cat([classify(backbone, x) for x in pixel_values.split(32)]).float()
+    mean = logits.mean(dim=0)
+    spread = logits.std(dim=0) + 1e-5 * mean.abs() + 1e-12
+
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        found = logits_of(output)
+        changed = ((found.float() - mean) / spread).to(found.dtype)
+        if isinstance(output, torch.Tensor):
+            return changed
+        name = "last_hidden_state" if getattr(output, "logits", None) is None else "logits"
+        setattr(output, name, changed)
+        return output
+
+    backbone.register_forward_hook(hook)
 
 
 def fit_head(
     model: TTameModel, batches: Callable[[int], torch.Tensor], steps: int, learning_rate: float = 1e-3
-) -> None:
-    """Train the head with the loss of the paper, a few steps; `batches(step)` gives pixel values (B, C, H, W)."""
+) -> list[float]:
+    """Train the head with the loss of the paper, a few steps; `batches(step)` gives pixel values (B, C, H, W).
+
+    Returns:
+        The loss of each step.
+    """
+    losses = []
     model.train()
     optimizer = torch.optim.AdamW(model.head.parameters(), lr=learning_rate, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=max(steps, 2))
@@ -170,39 +205,50 @@ def fit_head(
         masks = model.head(features, classes).float().sigmoid()
         own = masks[torch.arange(len(position), device=masks.device), position]
         masked = apply_mask(pixel_values, resize_maps(own, size), model.fill())
-        ttame_loss(model.classify(masked).float(), targets, masks, counts=counts, outputs=outputs).total.backward()
+        loss = ttame_loss(model.classify(masked).float(), targets, masks, counts=counts, outputs=outputs).total
+        loss.backward()
+        losses.append(loss.item())
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
     model.eval()
+    return losses
 
 
-def _mosaic_pointing(model: TTameModel, scanned: Scan, groups: Sequence[list[int]]) -> np.ndarray:
+def _too_few(mosaics: int, what: str) -> str:
+    return f"2 mosaics of four different {what} are needed, got {mosaics}; give more --sanity-images"
+
+
+def _pointing_per_tile(
+    model: TTameModel, tiles: torch.Tensor, classes: torch.Tensor, groups: Sequence[list[int]]
+) -> np.ndarray:
+    """Grid pointing in percent, (n, 4), of n mosaics of tiles (m, C, h, w): of each tile's class (m,) in its tile."""
     size = (model.config.image_size[0], model.config.image_size[1])
     found = []
     for group in groups:
-        image = fit(mosaic(scanned.tiles[group].to(model.device)), size)
-        targets = scanned.targets[scanned.tile_rows[group]].to(model.device)
-        maps = explain(model, image.expand(TILES, -1, -1, -1), targets)
-        shares = grid_pointing(resize_maps(maps, size), torch.arange(TILES, device=maps.device))
-        found.append(100 * shares.mean().item())
-    return np.array(found)
+        image = fit(mosaic(tiles[group].to(model.device)), size)
+        maps = explain(model, image.expand(TILES, -1, -1, -1), classes[group].to(model.device))
+        found.append(100 * grid_pointing(resize_maps(maps, size), torch.arange(TILES, device=maps.device)).cpu())
+    return torch.stack(found).numpy()
 
 
 def retrained_on_random(
-    model: TTameModel,
-    pixel_values: torch.Tensor,
-    scanned: Scan,
-    groups: Sequence[list[int]],
-    *,
-    steps: int = 100,
-    batch_size: int = 16,
-    seed: int = 0,
+    model: TTameModel, pixel_values: torch.Tensor, *, steps: int = 100, batch_size: int = 16, seed: int = 0
 ) -> Check:
-    """(b) A head trained on a backbone that knows nothing: where it still localises, it learned a prior."""
+    """(b) A head trained on a backbone that knows nothing: where it still localises, it learned a prior.
+
+    It is trained and asked for what this backbone answers, on mosaics of pictures with four different answers. Of each
+    mosaic one tile counts, in turn: over all four tiles every map that ignores the class has a mean of 25 % exactly.
+    """
     other = copy.deepcopy(model)
     randomise(other.backbone, 1.0, pixel_values, seed)
     fresh_head(other, seed)
+    spread_answers(other.backbone, pixel_values)
+    with torch.no_grad():
+        answers = torch.cat([other.classify(x).argmax(dim=1) for x in pixel_values.split(32)]).cpu()
+    groups = group_by_four(answers.tolist(), len(answers))
+    if len(groups) < 2:
+        return not_made(NO_PRIOR_MUST, _too_few(len(groups), "answers of the random backbone"))
     generator = torch.Generator().manual_seed(seed)
 
     def batches(_: int) -> torch.Tensor:
@@ -210,8 +256,11 @@ def retrained_on_random(
         views = pixel_values[chosen.to(pixel_values.device)]
         return views.flip(-1) if torch.rand(1, generator=generator) < 0.5 else views
 
-    fit_head(other, batches, steps)
-    return check_no_prior(_mosaic_pointing(other, scanned, groups))
+    losses = fit_head(other, batches, steps)
+    tiles = half_size(pixel_values.float().contiguous(), (pixel_values.shape[-2], pixel_values.shape[-1]))
+    found = _pointing_per_tile(other, tiles, answers, groups)
+    numbers = np.arange(len(groups))
+    return check_no_prior(found[numbers, numbers % TILES], losses)
 
 
 # ---- classes ------------------------------------------------------------------------------------------------------
@@ -219,7 +268,10 @@ def retrained_on_random(
 
 def class_on_mosaics(model: TTameModel, scanned: Scan, groups: Sequence[list[int]]) -> Check:
     """(c) On mosaics of four classes, the map of each lies in its own quarter."""
-    return check_class_on_mosaics(_mosaic_pointing(model, scanned, groups))
+    if len(groups) < 2:
+        return not_made(ON_MOSAICS_MUST, _too_few(len(groups), "confident classes"))
+    classes = scanned.targets[scanned.tile_rows]
+    return check_class_on_mosaics(_pointing_per_tile(model, scanned.tiles, classes, groups).mean(axis=1))
 
 
 def second_class(model: TTameModel, pixel_values: torch.Tensor) -> Check:
@@ -379,9 +431,13 @@ def judge_of(model: TTameModel, other: Backbone) -> tuple[Judge, Callable[[torch
     return judge_by(logits), predict
 
 
-def independent_judge(model: TTameModel, pixel_values: torch.Tensor, targets: torch.Tensor, other: Backbone) -> Check:
+def independent_judge(
+    model: TTameModel, pixel_values: torch.Tensor, targets: torch.Tensor, other: Backbone | None
+) -> Check:
     """(f) What another architecture still sees on the same masked pictures: its drop in its own class, against
     Grad-CAM's maps. A map that only fools the classifier it was trained on does not help another one."""
+    if other is None:
+        return not_made(not_worse_must("drop of another classifier less that under Grad-CAM"), "no --judge given")
     judge, predict = judge_of(model, other)
     own = predict(pixel_values)
     p = judge(pixel_values, own).confidence
@@ -439,18 +495,19 @@ def run_checks(
         plan: names the dataset; its limits do not count.
         images: to check on.
         steps: of training in (b); (d) takes 150 of its much smaller ones.
-        judge: another classifier for (f), a folder or Hub id; without one (f) is left out.
+        judge: another classifier for (f), a folder or Hub id; without one (f) is not made.
         say: receives a line per check.
         folder: keeps each check in sanity.json there; those of the same head, images and numbers are not run again.
 
     Returns:
-        {check: Check as a dictionary}; checks that the images do not allow are left out, and `say` tells why.
+        {check: Check as a dictionary}; one that could not be made has "passed": None, and its value tells why.
     """
     from dataclasses import replace
 
     plan = replace(plan, limit=images, mosaics=max(plan.most_mosaics, images // TILES))
     settings = {
         **plan.fixed(),
+        "experiments": EXPERIMENTS,
         "images": images,
         "steps": steps,
         "judge": Path(judge).name if judge else None,
@@ -458,42 +515,44 @@ def run_checks(
         "head": head_fingerprint(model.head.state_dict()),
         "map_scaling": model.config.map_scaling,
     }
-    found: dict[str, dict[str, Any]] = {}
+    made: dict[str, dict[str, Any]] = {}
     kept = folder / "sanity.json" if folder else None
     if kept and kept.exists() and (earlier := json.loads(kept.read_text()))["settings"] == settings:
-        found = earlier["checks"]
+        made = earlier["checks"]
     source = Images(plan, model)
     scanned = scan(model.eval(), source, plan)
     batches = list(source.batches(images))
     x = torch.cat([batch.pixel_values for batch in batches])
     targets = scanned.targets.to(x.device)
-    groups = scanned.mosaics(plan.most_mosaics, plan.seed)
+    groups = scanned.mosaics(plan.most_mosaics)
     checks: list[tuple[str, Callable[[], Check]]] = [
         ("a: random layers, same head", lambda: cascading_randomisation(model, x, targets, plan.seed)),
-        (
-            "b: head retrained on a random backbone",
-            lambda: retrained_on_random(model, x, scanned, groups, steps=steps),
-        ),
+        ("b: head retrained on a random backbone", lambda: retrained_on_random(model, x, steps=steps)),
         ("c: class on mosaics", lambda: class_on_mosaics(model, scanned, groups)),
         ("c: second class", lambda: second_class(model, x)),
         ("d: planted watermark", lambda: watermark(seed=plan.seed)),
         ("e: held-out fills", lambda: held_out_fills(model, x, targets)),
-        ("f: independent judge", lambda: independent_judge(model, x, targets, load_backbone(judge or ""))),
+        (
+            "f: independent judge",
+            lambda: independent_judge(model, x, targets, load_backbone(judge) if judge else None),
+        ),
         ("g: stability", lambda: stability(model, x, targets, plan.seed)),
     ]
+    found: dict[str, dict[str, Any]] = {}
     for name, check in checks:
-        if name in found:
+        if name in made:
             say(f"{name}: kept from an earlier run")
-        elif len(groups) < 2 and name.startswith(("b", "c: class")):
-            say(f"{name}: left out, {len(groups)} mosaics of four confident classes; give more --sanity-images")
-        elif judge is None and name.startswith("f"):
-            say(f"{name}: left out, no --judge given")
-        else:
-            done = check()
-            found[name] = done.to_dict()
-            say(f"{name}: {done.value}; {done.must}: {'passed' if done.passed else 'FAILED'}")
-            if kept:
-                write_whole(kept, json.dumps({"settings": settings, "checks": found}, indent=2) + "\n")
+            found[name] = made[name]
+            continue
+        done = check()
+        found[name] = done.to_dict()
+        if done.passed is None:
+            say(f"{name}: {done.value}")
+            continue
+        say(f"{name}: {done.value}; {done.must}: {'passed' if done.passed else 'FAILED'}")
+        made[name] = found[name]
+        if kept:
+            write_whole(kept, json.dumps({"settings": settings, "checks": made}, indent=2) + "\n")
     return found
 
 

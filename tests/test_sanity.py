@@ -2,9 +2,13 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,12 +19,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutput
 
 from hf_ttame import TTameModel
 from hf_ttame import sanity_checks as checks
 from hf_ttame.backbones import Backbone
+from hf_ttame.card_figures import figures, normalised
 from hf_ttame.evaluation import Plan, Scan
 from hf_ttame.metrics import sanity
+from hf_ttame.metrics.localization import quadrants
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +75,8 @@ def test_rank_correlation_ignores_increasing_changes(seed: int) -> None:
     assert found.abs().item() <= 1 + 1e-6
 
 
-def test_thresholds_are_those_that_were_set_before_the_first_run() -> None:
+def test_thresholds_are_the_numbers_that_the_module_has_had_from_its_start() -> None:
+    """The numbers alone: what (a), (b) and (d) hold against them has changed, as the module says."""
     assert sanity.RANDOMISED_CORRELATION_BELOW == 0.3
     assert sanity.CHANCE_GRID_POINTING == 25
     assert sanity.WATERMARK_ENERGY_AT_LEAST == 80
@@ -76,14 +84,16 @@ def test_thresholds_are_those_that_were_set_before_the_first_run() -> None:
 
 def test_figures_are_held_against_the_thresholds() -> None:
     def passed(check: sanity.Check) -> bool:
+        assert check.passed is not None
         return check.passed
 
     many = np.full(50, 1.0)
     assert passed(sanity.check_randomised({"25 %": many, "100 %": 0.29 * many}, many))
     assert not passed(sanity.check_randomised({"25 %": 0 * many, "100 %": 0.31 * many}, 0 * many))
     assert "with another image's true map 0.50" in sanity.check_randomised({"100 %": many}, many / 2).value
-    assert passed(sanity.check_no_prior(np.array([20.0, 30.0] * 10)))
-    assert not passed(sanity.check_no_prior(np.array([40.0, 42.0] * 10)))
+    assert passed(sanity.check_no_prior(np.array([20.0, 30.0] * 10), [2.0, 1.0]))
+    assert not passed(sanity.check_no_prior(np.array([40.0, 42.0] * 10), [2.0, 1.0]))
+    assert not passed(sanity.check_no_prior(np.array([20.0, 30.0] * 10), [1.0, 1.0]))  # it learned nothing
     assert passed(sanity.check_class_on_mosaics(np.array([40.0, 42.0] * 10)))
     assert not passed(sanity.check_class_on_mosaics(np.array([20.0, 30.0] * 10)))
     assert passed(sanity.check_watermark(80 * many))
@@ -150,14 +160,124 @@ def test_a_map_that_ignores_the_backbone_fails_the_cascade(
     assert found.figures["all layers, another image's true map"]["mean"] < 0.99
 
 
+def test_the_loss_of_the_training_is_shown_by_its_tenths() -> None:
+    found = sanity.check_no_prior(np.array([20.0, 30.0]), [4.0, 2.0, *[9.0] * 16, 1.0, 1.5])
+    assert (found.figures["loss at the beginning"], found.figures["loss at the end"]) == (3.0, 1.25)
+    assert found.value.endswith("; loss 3 to 1.25")
+    assert "loss" in found.must
+
+
+@pytest.mark.parametrize("kind", ["timm_cnn", "hf_vit"])
+def test_a_random_backbone_gives_different_answers(
+    kind: str, images: torch.Tensor, request: pytest.FixtureRequest
+) -> None:
+    """A plain tensor of a timm model, the output object of one of transformers."""
+    backbone = copy.deepcopy(request.getfixturevalue(kind))
+    checks.randomise(backbone, 1.0, images)
+    checks.spread_answers(backbone, images)
+    logits = checks.classify(backbone, images)
+    assert torch.allclose(logits.mean(dim=0), torch.zeros(logits.shape[1]), atol=1e-3)
+    assert torch.allclose(logits.std(dim=0), torch.ones(logits.shape[1]), atol=1e-2)
+    assert len(logits.argmax(dim=1).unique()) > 2
+
+
+def test_answers_in_an_output_object_without_logits_spread_too(images: torch.Tensor) -> None:
+    class Plain(nn.Module):
+        def forward(self, pixel_values: torch.Tensor) -> BaseModelOutput:
+            return BaseModelOutput(last_hidden_state=pixel_values.mean(dim=(2, 3)) + 5)
+
+    backbone = Plain()
+    checks.spread_answers(backbone, images)
+    assert torch.allclose(checks.classify(backbone, images).std(dim=0), torch.ones(3), atol=1e-2)
+
+
 def test_a_head_is_trained_on_the_random_backbone(model: TTameModel, images: torch.Tensor) -> None:
-    scan, groups = scanned(model, images)
     before = copy.deepcopy(model.head.state_dict())
-    found = checks.retrained_on_random(model, images, scan, groups, steps=3, batch_size=4)
-    assert found.figures["n"] == 2
+    logits = model.classify(images)
+    found = checks.retrained_on_random(model, images.repeat(2, 1, 1, 1), steps=3, batch_size=4)
+    assert found.figures["n"] >= 2
     assert 0 <= found.figures["mean"] <= 100
+    assert found.figures["loss at the beginning"] != found.figures["loss at the end"]
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.head.state_dict().values(), strict=True))
-    assert checks.class_on_mosaics(model, scan, groups).figures["n"] == 2
+    assert torch.equal(model.classify(images), logits)  # no hook is left on it
+
+
+def test_the_retrained_head_is_asked_for_classes_that_it_was_trained_on(
+    model: TTameModel, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[int] = []
+    asked: list[torch.Tensor] = []
+    choose, show = checks.choose_targets, checks.explain
+
+    def choosing(*arguments: Any) -> torch.Tensor:
+        targets = choose(*arguments)
+        trained.extend(targets.tolist())
+        return targets
+
+    def explaining(model: TTameModel, pixel_values: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        asked.append(targets)
+        return show(model, pixel_values, targets)
+
+    monkeypatch.setattr(checks, "choose_targets", choosing)
+    monkeypatch.setattr(checks, "explain", explaining)
+    checks.retrained_on_random(model, images.repeat(2, 1, 1, 1), steps=6, batch_size=16)
+    assert len(asked) >= 2
+    assert all(len(set(classes.tolist())) == 4 for classes in asked)
+    assert {int(c) for classes in asked for c in classes} <= set(trained)
+
+
+@pytest.mark.parametrize(("finds", "passed"), [("nothing", True), ("its tile", False)])
+def test_one_tile_of_each_mosaic_counts_for_the_prior_and_all_four_for_the_class(
+    model: TTameModel, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch, finds: str, passed: bool
+) -> None:
+    """A map that ignores the class has 25 % in the mean of the four tiles, whatever it shows."""
+
+    def maps(_model: TTameModel, pixel_values: torch.Tensor, _targets: torch.Tensor) -> torch.Tensor:
+        if finds == "nothing":
+            corner = torch.linspace(1, 0, 64).square()
+            return (corner[:, None] * corner).expand(4, -1, -1)
+        return quadrants((64, 64)).float()
+
+    monkeypatch.setattr(checks, "explain", maps)
+    monkeypatch.setattr(checks, "fit_head", lambda *_: [2.0, 1.0])
+    found = checks.retrained_on_random(model, torch.cat([images, images.flip(-1), images.flip(-2)]), steps=2)
+    assert found.figures["n"] >= 4
+    assert found.passed == passed
+    if finds == "nothing":
+        assert found.figures["high"] - found.figures["low"] > 10
+    on_mosaics = checks.class_on_mosaics(model, *scanned(model, images))
+    assert on_mosaics.figures["n"] == 2
+    assert on_mosaics.figures["mean"] == pytest.approx(25 if finds == "nothing" else 100, abs=1e-3)
+
+
+def test_checks_that_cannot_be_made_say_so(model: TTameModel, images: torch.Tensor, targets: torch.Tensor) -> None:
+    scan, groups = scanned(model, images)
+    for found, why in (
+        (checks.retrained_on_random(model, images[:4], steps=2), "of four different answers of the random backbone"),
+        (checks.class_on_mosaics(model, scan, groups[:1]), "of four different confident classes are needed, got 1"),
+        (checks.independent_judge(model, images, targets, None), "no --judge given"),
+    ):
+        assert found.passed is None
+        assert found.value.startswith("not made: ")
+        assert why in found.value
+        assert found.must
+        assert found.figures == {}
+
+
+def test_a_fresh_head_can_learn_where_features_are_large(
+    timm_cnn: nn.Module, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = TTameModel.from_backbone(copy.deepcopy(timm_cnn), head_init="random")
+    features = own.features
+
+    def large(pixel_values: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        logits, found = features(pixel_values)
+        return logits, [1e4 * maps for maps in found]
+
+    monkeypatch.setattr(own, "features", large)
+    checks.fresh_head(own)
+    with torch.no_grad():
+        assert own.head.eval()(own.features(images)[1]).square().mean().sqrt() < 8
 
 
 def test_fitting_lowers_the_loss_and_starts_where_it_is_told(model: TTameModel, images: torch.Tensor) -> None:
@@ -218,6 +338,14 @@ def test_the_watermark_experiment_runs() -> None:
     assert found.figures["accuracy"] < 0.95
 
 
+@pytest.mark.slow
+def test_the_watermark_is_found() -> None:
+    found = checks.watermark()
+    assert found.passed, found
+    assert found.figures["accuracy"] > 0.95
+    assert found.figures["mean"] > 7 * 100 * found.figures["area"]
+
+
 def test_all_checks_on_a_dataset(
     model: TTameModel, photo: Callable[..., Image.Image], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,9 +355,11 @@ def test_all_checks_on_a_dataset(
     said: list[str] = []
     plan = Plan(str(tmp_path), mosaics=2)
     found = checks.run_checks(model, plan, images=4, steps=2, say=said.append)
-    assert set(found) >= {"a: random layers, same head", "c: second class", "d: planted watermark", "g: stability"}
+    assert [name[0] for name in found] == list("abccdefg")
     assert all({"value", "must", "passed", "figures"} == entry.keys() for entry in found.values())
-    assert any("no --judge given" in line for line in said)
+    left_out = {name for name, entry in found.items() if entry["passed"] is None}
+    assert left_out == {"b: head retrained on a random backbone", "c: class on mosaics", "f: independent judge"}
+    assert any("not made: no --judge given" in line for line in said)
 
 
 def test_checks_that_were_made_are_kept(
@@ -260,7 +390,88 @@ def test_checks_that_were_made_are_kept(
     assert "d: planted watermark: kept from an earlier run" in done.stdout
     report = json.loads((output / "report.json").read_text())
     assert report["sanity"]["d: planted watermark"] == first["d: planted watermark"]
-    assert report["sanity"].keys() - first.keys() == {"g: stability"}
-    assert "## Sanity" in (output / "report.md").read_text()
+    made = {name for name, check in report["sanity"].items() if check["passed"] is not None}
+    assert made == json.loads((output / "sanity.json").read_text())["checks"].keys()  # the others are tried again
+    assert made - first.keys() == {"g: stability"}
+    lines = (output / "report.md").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith("| f: independent judge |")]
+    assert "| not made: no --judge given |" in line
+    assert line.endswith("| not made |")
+    card = figures({}, normalised(report))
+    assert "- f: independent judge: not made: no --judge given" in card.splitlines()
+    assert card.count("**not passed**") == sum(check["passed"] is False for check in report["sanity"].values())
+    kept = json.loads((output / "sanity.json").read_text())
+    kept["settings"]["experiments"] -= 1  # made when the checks were others
+    (output / "sanity.json").write_text(json.dumps(kept))
+    assert "kept from an earlier run" not in ttame(*command).stdout
     ttame(*command, "--sanity-steps", 3)  # another experiment
     assert json.loads((output / "sanity.json").read_text())["checks"]["d: planted watermark"]["value"].startswith("10")
+
+
+# Each process notes that it made the checks, and how long it would wait for the others.
+_PROCESS = """
+import os, sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hf_ttame import cli, evaluation, sanity_checks
+from hf_ttame.metrics.sanity import check_watermark
+
+notes, rank = Path(sys.argv.pop(1)), os.environ["RANK"]
+run_checks, compare = sanity_checks.run_checks, evaluation.compare
+
+
+def running(*arguments, **options):
+    (notes / f"checks-{rank}").touch()
+    return run_checks(*arguments, **options)
+
+
+def comparing(*arguments, **options):
+    backend = torch.distributed.group.WORLD._get_backend(torch.device("cpu"))
+    (notes / f"waits-{rank}").write_text(str(backend.options._timeout.total_seconds()))
+    return compare(*arguments, **options)
+
+
+sanity_checks.run_checks, evaluation.compare = running, comparing
+sanity_checks.watermark = lambda **_: check_watermark(np.array([90.0]))
+cli.main()
+"""
+
+
+def test_of_several_processes_one_makes_the_checks_and_the_others_wait(
+    vit_folder: Path, photo: Callable[..., Image.Image], tmp_path: Path
+) -> None:
+    pictures, explainer, notes = tmp_path / "pictures", tmp_path / "explainer", tmp_path / "notes"
+    pictures.mkdir()
+    notes.mkdir()
+    for number in range(4):
+        photo(seed=number).save(pictures / f"{number}.png")
+    TTameModel.from_backbone(vit_folder).save_pretrained(explainer)
+    (tmp_path / "process.py").write_text(_PROCESS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [tmp_path / "process.py", notes, "compare", explainer, "--dataset", pictures, "--methods", "ones"]
+    command += ["--metrics", "confidence,sanity", "--batch-size", 2, "--sanity-images", 4, "--sanity-steps", 2]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "HF_HUB_OFFLINE": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    done = subprocess.run(
+        [*map(str, command), "--output", str(tmp_path / "out")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert {file.name for file in notes.glob("checks-*")} == {"checks-0"}
+    assert {file.name: float(file.read_text()) for file in notes.glob("waits-*")} == {
+        "waits-0": 86400,
+        "waits-1": 86400,
+    }
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["images"] == 4
+    assert report["sanity"]["g: stability"]["figures"]["repeat"] == 0

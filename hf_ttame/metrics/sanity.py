@@ -1,8 +1,15 @@
-"""Sanity: thresholds that were fixed before the first run, and how figures are held against them.
+"""Sanity: thresholds, and how figures are held against them.
+
+The numbers stood here before the first run and are the same ever since; what they are held against is not. After runs
+had measured figures, (a) was changed from the absolute value of the correlation to its sign (it had measured -0.37)
+and given a control, and the classifier of (d) was shown dimmed pictures too (26 to 80 percent had been measured).
+(b) was changed before any run of it counted: it could not fail for the reason it exists, and now also asks that the
+loss of its training falls.
 
 The checks that make the figures are in `sanity_checks`; here are only numbers and pure functions.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,6 +23,8 @@ RANDOMISED_CORRELATION_BELOW = 0.3
 that lights up where the true one is dark does not resemble it."""
 CHANCE_GRID_POINTING = 25.0
 """(b) the grid-pointing interval of a head retrained on a random backbone covers it; (c) the true one's lies above."""
+NO_PRIOR_MUST = f"interval covers {CHANCE_GRID_POINTING:.0f} %, loss of the training falls"
+ON_MOSAICS_MUST = f"interval above {CHANCE_GRID_POINTING:.0f} %"
 WATERMARK_ENERGY_AT_LEAST = 80.0
 """(d) percent of the map's energy that a planted watermark holds."""
 STABILITY_CORRELATION_AT_LEAST = 0.8
@@ -26,15 +35,20 @@ REPEAT_DIFFERENCE_AT_MOST = 0.0
 
 @dataclass(frozen=True)
 class Check:
-    """One check: what was found, what must hold, whether it does, and the figures behind it."""
+    """One check: what was found, what must hold, whether it does (None: not made), and the figures behind it."""
 
     value: str
     must: str
-    passed: bool
+    passed: bool | None
     figures: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def not_made(must: str, why: str) -> Check:
+    """A check that nothing allows to make here; it stands in the report, neither passed nor failed."""
+    return Check(f"not made: {why}", must, None)
 
 
 def ranks(values: torch.Tensor) -> torch.Tensor:
@@ -78,18 +92,27 @@ def check_randomised(correlations: dict[str, np.ndarray], control: np.ndarray) -
     )
 
 
-def check_no_prior(grid_pointing: np.ndarray) -> Check:
-    """(b) Grid pointing in percent, per mosaic, of a head that was trained on a random backbone."""
+def check_no_prior(grid_pointing: np.ndarray, losses: Sequence[float]) -> Check:
+    """(b) Grid pointing in percent, of one class per mosaic, of a head that was trained on a random backbone.
+
+    losses: of each step of its training. A head that learned nothing shows nothing: the last tenth must lie lower
+    than the first.
+    """
     found = mean_interval(grid_pointing)
-    passed = found.low <= CHANCE_GRID_POINTING <= found.high
-    return Check(_text(found), f"interval covers {CHANCE_GRID_POINTING:.0f} %", passed, found._asdict())
+    tenth = max(1, len(losses) // 10)
+    first, last = float(np.mean(losses[:tenth])), float(np.mean(losses[-tenth:]))
+    return Check(
+        f"{_text(found)}; loss {first:.3g} to {last:.3g}",
+        NO_PRIOR_MUST,
+        found.low <= CHANCE_GRID_POINTING <= found.high and last < first,
+        {**found._asdict(), "loss at the beginning": first, "loss at the end": last},
+    )
 
 
 def check_class_on_mosaics(grid_pointing: np.ndarray) -> Check:
     """(c) Grid pointing in percent, per mosaic, of the explainer."""
     found = mean_interval(grid_pointing)
-    must = f"interval above {CHANCE_GRID_POINTING:.0f} %"
-    return Check(_text(found), must, found.low > CHANCE_GRID_POINTING, found._asdict())
+    return Check(_text(found), ON_MOSAICS_MUST, found.low > CHANCE_GRID_POINTING, found._asdict())
 
 
 def check_other_class(gain: np.ndarray) -> Check:
@@ -105,12 +128,16 @@ def check_watermark(energy: np.ndarray) -> Check:
     return Check(_text(found), must, found.mean >= WATERMARK_ENERGY_AT_LEAST, found._asdict())
 
 
+def not_worse_must(what: str) -> str:
+    return f"{what}: no interval above 0"
+
+
 def check_not_worse(differences: dict[str, np.ndarray], what: str) -> Check:
     """(e), (f) Average drop less that of Grad-CAM on the same images, per fill and image: none may be above 0."""
     found = {name: mean_interval(values) for name, values in differences.items()}
     return Check(
         "; ".join(f"{name} {_text(interval)}" for name, interval in found.items()),
-        f"{what}: no interval above 0",
+        not_worse_must(what),
         all(interval.low <= 0 for interval in found.values()),
         {name: interval._asdict() for name, interval in found.items()},
     )
