@@ -4,6 +4,7 @@ import os
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -26,6 +27,11 @@ def _quiet() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+    def tell(message: Warning | str, *_: object) -> None:
+        typer.echo(f"ttame: {message}", err=True)  # without the line of code that warned
+
+    warnings.showwarning = tell
 
 
 @app.command()

@@ -242,6 +242,8 @@ def test_demo_explains_real_photographs_with_the_shipped_head(
     for label in ("Egyptian cat", "espresso", "missile"):
         assert label in done.stdout
     assert " ms " in done.stdout
+    assert "ttame: the explainer was trained without a single picture of 'tabby, tabby cat'" in done.stderr
+    assert "UserWarning" not in done.stderr
     with Image.open(tmp_path / "ttame_demo.png") as picture:
         assert picture.width > 1000
         assert picture.height > 600
