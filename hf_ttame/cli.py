@@ -31,7 +31,7 @@ def _quiet() -> None:
     def tell(message: Warning | str, *_: object) -> None:
         typer.echo(f"ttame: {message}", err=True)  # without the line of code that warned
 
-    warnings.showwarning = tell
+    warnings.showwarning = tell  # type: ignore[assignment]
 
 
 @app.command()

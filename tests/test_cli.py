@@ -232,6 +232,7 @@ def test_train_reaches_the_training_script() -> None:
     assert "--steps" in done.stdout
 
 
+@pytest.mark.filterwarnings("default:the explainer was trained without:UserWarning")
 def test_demo_explains_real_photographs_with_the_shipped_head(
     ttame: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
