@@ -543,7 +543,7 @@ def _plain(values: Sequence[float]) -> list[float]:
 
 def _first_pictures(images: Images, targets: dict[int, int]) -> list[tuple[int, torch.Tensor, int]]:
     """The first pictures, one by one, with their place and class: what is timed."""
-    for batch in images.batches(None):
+    for batch in images.batches(max(targets) + 1):
         return [
             (index, _fast(batch.pixel_values[row : row + 1]), targets[index])
             for row, index in enumerate(batch.indices.tolist())
