@@ -149,7 +149,7 @@ def _further(report: Mapping[str, Any]) -> list[str]:
     if not measured and not cost:
         return []
     arrows = {"lower": " ↓", "higher": " ↑"}
-    titles = ["n", *(m.name + arrows[m.better] for m in measured)]
+    titles = ["n", *(m.name + arrows[m.better] for m in measured)] if measured else []
     titles += ["forward", "backward", "ms", "times T-TAME"] * bool(cost)
     device = escape(report["environment"].get("device", NOT_RECORDED))
     lines = [
@@ -163,7 +163,7 @@ def _further(report: Mapping[str, Any]) -> list[str]:
         "|---|" + "---|" * len(titles),
     ]
     for method, values in means.items():
-        cells = [_images(report, method, [m.name for m in measured])]
+        cells = [_images(report, method, [m.name for m in measured])] if measured else []
         cells += [number(values.get(m.name), m.digits) for m in measured]
         if cost:
             keys = ("forward_passes", "backward_passes", "ms_per_map", "times_ttame")

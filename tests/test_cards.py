@@ -80,7 +80,7 @@ def test_the_card_has_the_figures_of_its_comparison(name):
     text = (CARDS / name / "README.md").read_text()
     own = {measure: interval["mean"] for measure, interval in report["methods"]["ttame"]["measures"].items()}
     row = next(line for line in text.splitlines() if "ttame (this explainer)" in line)
-    cells = [cell.strip() for cell in row.strip("|").split("|")][2:]
+    cells = [cell.strip() for cell in row.strip("|").split("|")][3:]
     expected = [(own[f"AD {m}"], own[f"IC {m}"]) for m in ("soft 100", "soft 50", "soft 15", "binary 50", "binary 15")]
     assert cells == [f"{drop:.1f} / {increase:.1f}" for drop, increase in expected]
     results = {result.metric_type: result.metric_value for result in ModelCard(text).data.eval_results}
@@ -148,9 +148,12 @@ def test_a_report_of_ttame_compare(folder, tmp_path):
 
     def entry(kind, drop, **cost):
         measure = {"mean": drop, "low": drop - 1, "high": drop + 1, "n": 40}
-        return {"kind": kind, "measures": {"AD soft 50": measure, "ROAD MoRF accuracy": measure}, **cost}
+        measures = {"AD soft 50": measure, "ROAD MoRF accuracy": measure, "deletion black": {**measure, "n": 10}}
+        if kind == "gradient":
+            measures["IC soft 50"] = {**measure, "n": 12}
+        return {"kind": kind, "measures": measures, **cost}
 
-    cost = {"forward_passes": 1.0, "backward_passes": 0.0, "ms_per_map": 12.25}
+    cost = {"forward_passes": 1.0, "backward_passes": 0.0, "ms_per_map": 12.25, "times_ttame": 1.0}
     report = {
         "images": 40,
         "data": f"{HOME}/patients validation",
@@ -163,10 +166,12 @@ def test_a_report_of_ttame_compare(folder, tmp_path):
     put(tmp_path / "x", "report.json", report)
     card = render_card(tmp_path / "x")
     assert "40 photographs of a local folder" in card
-    assert "| **ttame (this explainer)** | not measured | not measured | 30.1 / not measured |" in card
+    assert "| **ttame (this explainer)** | 40 | not measured | not measured | 30.1 / not measured |" in card
+    assert "| gradcam | 12 / 40 | not measured |" in card, "a row says on how many it was measured"
     assert "- ROAD MoRF accuracy: 30.125 (29.125 to 31.125)" in card
     assert "| AD soft 50 | gradcam |  |  |" in card
-    assert "| **ttame (this explainer)** | 1.0 | 0.0 | 12.2 |" in card
+    assert "| map | n | deletion black ↓ | forward | backward | ms | times T-TAME |" in card
+    assert "| **ttame (this explainer)** | 10 | 30.125 | 1.0 | 0.0 | 12.2 | 1.0 |" in card
     assert "- randomised: 0.5, must be &lt; 0.3: **not passed**" in card
     assert {r.metric_type: r.metric_value for r in ModelCard(card).data.eval_results}["ad_soft_50"] == 30.125
 
