@@ -574,6 +574,9 @@ def _load(model: str, backbone: str | None) -> Any:
             f"explainer {model!r} is neither a folder nor a Hub id of the form 'organisation/name'"
             + (f"; nearest: {near!r}" if near else "")
         )
+    if runs := [part for part in ("best", "explainer") if Path(model, part, "config.json").exists()]:
+        inside = ", ".join(str(Path(model, part)) for part in runs)
+        raise ValueError(f"{model!r} is the folder of a training; give one of its explainers: {inside}")
     return TTameModel.from_pretrained(model, backbone=module)
 
 

@@ -120,6 +120,7 @@ def test_explain_tells_files_from_folders(
         ("explaner", "; nearest: 'explainer'"),
         ("./explaner", "the explainer './explaner' does not exist; nearest: 'explainer'"),
         ("nobody/nothing", "nobody/nothing"),
+        ("runs", "is the folder of a training; give one of its explainers: runs/explainer"),
     ],
 )
 def test_a_model_that_is_not_there(
@@ -132,6 +133,8 @@ def test_a_model_that_is_not_there(
 ) -> None:
     photo().save(tmp_path / "a.png")
     (tmp_path / "explainer").mkdir()
+    (tmp_path / "runs" / "explainer").mkdir(parents=True)
+    (tmp_path / "runs" / "explainer" / "config.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     done = ttame("explain", tmp_path / "a.png", "--model", model)
     assert done.returncode == 1

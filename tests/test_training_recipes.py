@@ -126,6 +126,9 @@ def test_my_dataset_compares_fills(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = train_here(monkeypatch)
+    for fill in ("--fill=blur", "--fil"):  # one fill in all three rows of the table
+        with pytest.raises(SystemExit, match="drop --fill"):
+            recipe("my_dataset", vit_folder, twelve_pictures, tmp_path / "runs", "--compare-fills", fill, run=run)
     recipe("my_dataset", vit_folder, twelve_pictures, tmp_path / "runs", "--compare-fills", *TINY, run=run)
     *_, header, names, black, mean, blur = capsys.readouterr().out.splitlines()
     assert "judged with black pixels in every row" in header
@@ -169,7 +172,12 @@ def test_a_wrong_path_is_one_line(
 
 
 @pytest.mark.parametrize(
-    ("number", "everyone"), [(signal.SIGTERM, False), pytest.param(signal.SIGINT, True, marks=pytest.mark.slow)]
+    ("number", "everyone"),
+    [
+        (signal.SIGTERM, True),
+        pytest.param(signal.SIGTERM, False, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, True, marks=pytest.mark.slow),
+    ],
 )
 def test_a_stopped_recipe_leaves_a_checkpoint_and_nothing_running(
     vit_folder: Path, twelve_pictures: Path, tmp_path: Path, number: signal.Signals, everyone: bool

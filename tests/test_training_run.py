@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_ttame import TTameModel
 from hf_ttame.pictures import DATA_ERRORS
-from training.train import StopRequest
+from training.train import StopRequest, parse
 
 PICTURES = 37
 DAMAGED = (3, 20)
@@ -217,7 +217,7 @@ def test_a_run_lowers_the_loss_and_tells_how_it_went(server: Any, backbone: str,
     assert report["pictures"] == 320
     explained = int((model.head.class_counts > 0).sum())
     assert report["coverage"]["explained"] == explained
-    others = f"; the rows of the other {5 - explained} are untrained" if explained < 5 else ""
+    others = f"; the maps of the other {5 - explained} are unchecked" if explained < 5 else ""
     assert f"explained {explained} of 5 classes{others}\n" in text
     assert [found["step"] for found in report["validations"]] == [20, 40]
     assert report["best"]["score"] == min(found["score"] for found in report["validations"])
@@ -307,6 +307,12 @@ def test_ctrl_c_during_the_imports_ends_without_a_traceback() -> None:
         process.send_signal(signal.SIGINT)
         assert "Traceback" not in process.stderr.read()
     assert process.returncode == -signal.SIGINT
+
+
+@pytest.mark.parametrize(("given", "told"), [("--stepz", "; nearest: --steps"), ("--xyzzy=3", "")])
+def test_an_unknown_option_is_told_with_the_nearest(given: str, told: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"unknown option {given!r}{told}; all: --help")):
+        parse(["--backbone", "a/b", "--dataset", "c/d", "--output", "e", given])
 
 
 def test_one_training_at_a_time_writes_into_a_folder(

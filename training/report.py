@@ -113,7 +113,7 @@ def machine(accelerator: Any) -> dict[str, Any]:
 
 
 def coverage(counts: torch.Tensor, id2label: dict[int, str]) -> dict[str, Any]:
-    """How many classes the classifier predicted on the stream, and which it never did: their rows are untrained."""
+    """How many classes the classifier predicted on the stream, and which it never did: their maps are unchecked."""
     never = (counts == 0).nonzero()[:, 0].tolist()
     return {
         "classes": len(counts),

@@ -230,11 +230,15 @@ def collate(views: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _start_worker(_: int) -> None:
-    """A worker ends with its process: Ctrl-C and SIGTERM are the training's to handle."""
+    """A worker ends with its process: Ctrl-C and SIGTERM are the training's to handle.
+
+    Sent to a whole process group (Slurm, `timeout`), SIGTERM comes here too: the first is passed over, as the training
+    saves a checkpoint and ends its workers; a second one, the loader's own, acts.
+    """
     import fsspec.asyn
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
     fsspec.asyn.reset_lock()  # a lock that is held while forking would never be released
 
 

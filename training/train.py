@@ -17,6 +17,7 @@ Micro-steps of --accumulate have a class set each: accumulation is not the same 
 
 import copy
 import ctypes
+import difflib
 import importlib.util
 import json
 import os
@@ -43,6 +44,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
+from transformers.utils.logging import disable_progress_bar
 
 from hf_ttame import TTameModel
 from hf_ttame.answers import choose_targets
@@ -279,8 +281,19 @@ class StopRequest:
         self.asked = True
 
 
+def parse(argv: list[str] | None = None) -> Arguments:
+    """Raises ValueError, with the nearest name, for an option that does not exist."""
+    parser = HfArgumentParser(Arguments, description=__doc__)
+    arguments, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        known = [name for action in parser._actions for name in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
+        raise ValueError(f"unknown option {unknown[0]!r}{f'; nearest: {near[0]}' if near else ''}; all: --help")
+    return arguments
+
+
 def main(argv: list[str] | None = None) -> int:
-    (arguments,) = HfArgumentParser(Arguments, description=__doc__).parse_args_into_dataclasses(argv)
+    arguments = parse(argv)
     check(arguments)
     output = Path(arguments.output)
     if arguments.resume and (output / "explainer" / "training.json").exists():
@@ -288,6 +301,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{output / 'explainer'} is complete; there is nothing to resume")
         return 0
     output.mkdir(parents=True, exist_ok=True)
+    disable_progress_bar()  # of loading and saving: the training has its own
     warnings.filterwarnings("ignore", message="'set_vital'")  # torchdata and torch disagree about a notice
     keep_freed_memory()
     set_seed(arguments.seed)
@@ -461,6 +475,8 @@ def main(argv: list[str] | None = None) -> int:
         track({f"validation/{name}": value for name, value in found.items() if name != "step"}, progress["step"])
         return values
 
+    kept = f"; {len(held_out)} pictures for validation" if held_out is not None else ""
+    accelerator.print(f"training on {', '.join(layer.name for layer in model.layers)}{kept}", flush=True)
     stop = StopRequest()
     stopped = False
 
@@ -661,7 +677,7 @@ def main(argv: list[str] | None = None) -> int:
             untrained = found["classes"] - found["explained"]
             print(
                 f"explained {found['explained']} of {found['classes']} classes"
-                + (f"; the rows of the other {untrained} are untrained" if untrained else "")
+                + (f"; the maps of the other {untrained} are unchecked" if untrained else "")
             )
             if unreadable or not_validated:
                 also = f" in training and {len(not_validated)} for validation" if not_validated else ""

@@ -1,9 +1,13 @@
 """How a recipe starts its training: this Python, this checkout or installed package, further arguments last."""
 
+import signal
 import sys
 from pathlib import Path
 
-from hf_ttame.launching import run_training
+before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while this imports ends without a traceback
+from hf_ttame.launching import run_training  # noqa: E402
+
+signal.signal(signal.SIGINT, before)
 
 
 def train(*arguments: str, further: list[str]) -> None:

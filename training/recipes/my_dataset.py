@@ -39,7 +39,7 @@ def main() -> None:
         sys.exit(__doc__)
     backbone, pictures, output = sys.argv[1:4]
     further = [argument for argument in sys.argv[4:] if argument != "--compare-fills"]
-    if "--compare-fills" in sys.argv and "--fill" in sys.argv:
+    if "--compare-fills" in sys.argv and any(argument.startswith("--fil") for argument in sys.argv):
         sys.exit("my_dataset: --compare-fills trains all three fills; drop --fill")
     where = ["--backbone", backbone, "--dataset", pictures]
     if "--compare-fills" not in sys.argv:
