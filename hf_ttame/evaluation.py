@@ -498,9 +498,10 @@ def compare(
         return {}
     # The report may be published: it names what is on the Hub, and no folder of this machine.
     name, data = model.name_or_path, plan.dataset
+    classifier = model.config.backbone or model.config.backbone_config.get("architecture")
     data = "a local folder" if os.path.exists(data) else data
     facts = {
-        "model": name if name and not os.path.exists(name) else model.config.backbone or type(model.backbone).__name__,
+        "model": name if name and not os.path.exists(name) else classifier or type(model.backbone).__name__,
         "head_fingerprint": head,
         "backbone_fingerprint": model.config.backbone_fingerprint,
         "map_scaling": model.config.map_scaling,
