@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,7 @@ class Plan:
         """What must not change between the parts of one resumed run; methods, metrics and limits may grow."""
         record = asdict(self)
         for name in (
+            "revision",
             "methods",
             "metrics",
             "limit",
@@ -424,9 +425,14 @@ def compare(
         model.to(accelerator.device)
     model.eval().to(memory_format=torch.channels_last)
     names = list(dict.fromkeys([*expand_names(plan.methods, model), *TRIVIAL]))
+    if os.path.isdir(plan.dataset) and output.resolve().is_relative_to(Path(plan.dataset).resolve()):
+        raise ValueError(f"the output {str(output)!r} lies inside the dataset {plan.dataset!r}; give a folder outside")
+    identity = _identity(plan, output)
+    if identity is not None and not os.path.exists(plan.dataset):
+        plan = replace(plan, revision=identity)  # what is read is what was named
     images = Images(plan, model, rank, world)  # a wrong dataset is told before anything is written
     output.mkdir(parents=True, exist_ok=True)
-    record = {**plan.fixed(), "identity": plan.identity(), **_inputs(model)}
+    record = {**plan.fixed(), "identity": identity, **_inputs(model)}
     if accelerator:
         accelerator.wait_for_everyone()
     lock_settings(output, record, main)
@@ -517,15 +523,23 @@ def compare(
     with passes_in(model, plan.precision), tqdm(desc="latency", total=len(methods), disable=hidden) as latency_bar:
         latency = measure_latency(
             model,
-            methods,
+            [method for method in methods if any(key[2] == method.name for key in kept)],
             _first_pictures(Images(plan, model), targets),
             output,
-            facts["environment"],
+            {**facts["environment"], "copies per pass": plan.settings.batch_size},
             store.head,
             lambda name: latency_bar.set_postfix_str(name),
         )
     shown = sheet_pictures(model, plan, sheet) if contact_sheet else {}
     return write_report(output, kept, methods, facts, shown, sanity, latency)
+
+
+def _identity(plan: Plan, output: Path) -> str | None:
+    """`Plan.identity`; of a dataset on the Hub that of the run's beginning."""
+    settings = output / "settings.json"
+    if settings.exists() and not os.path.exists(plan.dataset):
+        return json.loads(settings.read_text()).get("identity")
+    return plan.identity()
 
 
 def _inputs(model: TTameModel) -> dict[str, Any]:

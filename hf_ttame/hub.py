@@ -17,7 +17,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.utils import HfHubHTTPError, RepositoryNotFoundError, validate_repo_id
 
 from .cards import is_ours, write_card
-from .records import CARD, FURTHER_REPORT, REPORT, TRAINING, check_folder, read_json, report_name
+from .records import CARD, FURTHER_REPORT, REPORT, TRAINING, check_folder, further_reports, read_json, report_name
 from .saving import (
     HUB_ERRORS,
     LABELS,
@@ -40,8 +40,6 @@ KINDS = ("model", "dataset", "space")
 _MODEL_FILES = re.compile(
     r"(backbone/)?(config\.json|model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json|"
     r"preprocessor_config\.json)|README\.md|LICENSE(\.\w+)?|(report|training|card)\.json|report\.md|"
-    + FURTHER_REPORT.pattern
-    + "|"
     + re.escape(REMOTE_MODULE)
 )
 _RECORDS = (REPORT, "report.md", TRAINING, CARD)
@@ -316,6 +314,9 @@ def files_to_push(folder: Path, kind: str, include_examples: bool = False) -> tu
     sent: list[Path] = []
     left_out: list[Path] = []
     report = report_name(folder) if kind == "model" else None
+    reports = (
+        {report, *further_reports(folder)} if kind == "model" else set()
+    )  # those that are known to be of this head
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder)
         if file.is_symlink():
@@ -325,7 +326,7 @@ def files_to_push(folder: Path, kind: str, include_examples: bool = False) -> tu
         hidden = any(part.startswith(".") or part in _HIDDEN for part in name.parts)
         picture = file.name.lower().endswith(PICTURES)
         pattern = {"model": _MODEL_FILES, "dataset": _DATASET_FILES, "space": _SPACE_FILES}[kind]
-        wanted = pattern.fullmatch(name.as_posix()) is not None or name.as_posix() == report
+        wanted = pattern.fullmatch(name.as_posix()) is not None or name.as_posix() in reports
         chosen = not hidden and (include_examples if picture else wanted)
         (sent if chosen else left_out).append(file)
     names = {file.relative_to(folder).as_posix() for file in sent}

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .baselines import FROM_THE_HEAD, Cost, Method
+from .baselines import Cost, Method
 from .modeling_ttame import TTameModel
 from .saving import write_whole
 
@@ -48,9 +48,8 @@ def measure_latency(
     kept: dict[str, Any] = {"environment": environment, "head": head, "methods": {}}
     if (folder / FILE).exists():
         earlier = json.loads((folder / FILE).read_text())
-        if earlier["environment"] == environment:
-            same = earlier["head"] == head
-            kept["methods"] = {k: v for k, v in earlier["methods"].items() if same or k not in FROM_THE_HEAD}
+        if (earlier["environment"], earlier["head"]) == (environment, head):
+            kept["methods"] = earlier["methods"]
     ours = methods[0]
 
     def seconds(method: Method, picture: tuple[int, torch.Tensor, int]) -> float:

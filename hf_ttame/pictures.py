@@ -97,8 +97,8 @@ def contents(path: Path, split: str) -> datasets.Dataset | list[Path]:
     parts = sorted(part.name for part in path.iterdir() if part.is_dir() and part.name in _SPLITS)
     if parts and split not in parts:
         raise ValueError(
-            f"{str(path)!r} has no folder {split!r}; it has: {', '.join(parts)}; name one as the split, or give that "
-            "folder itself"
+            f"{str(path)!r} has no folder {split!r}; it has: {', '.join(parts)}; name one as the split, or put "
+            f"the pictures that are to be read into {split!r}"
         )
     path = path / split if split in parts else path
     pictures = sorted((file for file in path.rglob("*") if file.suffix.lower() in _PICTURES), key=str)

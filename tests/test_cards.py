@@ -354,7 +354,10 @@ def test_further_reports(folder, tmp_path):
     assert card.index("20.2") < card.index("31.5")
     assert {r.metric_value for r in ModelCard(card).data.eval_results} == {20.25}
     write_card(tmp_path / "x")
-    assert tmp_path / "x/report_other.json" in files_to_push(tmp_path / "x", "model")[0]
+    (tmp_path / "x/report_old.json").write_text('{"head_fingerprint": "of another"}')  # nobody named it
+    sent, left_out = files_to_push(tmp_path / "x", "model")
+    assert tmp_path / "x/report_other.json" in sent
+    assert tmp_path / "x/report_old.json" in left_out
     for wrong in ({"report_missing.json": "x"}, {"../report_other.json": "x"}, {"report_other.json": 3}, ["x"]):
         (tmp_path / "x/card.json").write_text(json.dumps({"further_reports": wrong}))
         with pytest.raises(ValueError, match=r"further_reports|card\.json may hold"):

@@ -256,6 +256,25 @@ def test_another_dataset_of_the_same_name_is_refused(
         compare(model, plan(other), finished[0], progress=False)
 
 
+def test_no_output_among_the_pictures(pictures: Path, model: TTameModel) -> None:
+    with pytest.raises(ValueError, match="lies inside the dataset"):
+        compare(model, plan(pictures), pictures / "out", progress=False)
+    assert not (pictures / "out").exists()
+
+
+def test_a_hub_dataset_is_the_one_of_the_beginning(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Hub cannot be reached, or moved on: the run goes on with the commit that it began with."""
+    hub = Plan("org/pictures")
+    monkeypatch.setattr(module, "dataset_commit", lambda name, revision: "a" * 40)
+    assert module._identity(hub, tmp_path) == "a" * 40
+    (tmp_path / "settings.json").write_text(json.dumps({"identity": "a" * 40}))
+    monkeypatch.setattr(module, "dataset_commit", lambda name, revision: None)
+    assert module._identity(hub, tmp_path) == "a" * 40
+    assert len(module._identity(plan(pictures), tmp_path) or "") == 32, "files are looked at again"
+
+
 def test_a_wrong_split_leaves_no_trace(pictures: Path, model: TTameModel, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no split 'valdation'"):
         compare(model, plan(pictures, split="valdation"), tmp_path / "out", progress=False)
@@ -305,6 +324,10 @@ def test_times_are_taken_in_turn_and_kept(
     monkeypatch.setattr(module, "environment", lambda *_: {**finished[1]["environment"], "processor": "another"})
     again = compare(model, plan(pictures), output, progress=False)
     assert again["methods"]["scorecam"]["ms_per_map"] != entries["scorecam"]["ms_per_map"]
+    other = copy.deepcopy(model)
+    torch.nn.init.normal_(other.head.fuser.weight)
+    fresh = compare(other, plan(pictures), output, progress=False)
+    assert fresh["methods"]["scorecam"]["ms_per_map"] != again["methods"]["scorecam"]["ms_per_map"], "ratios are to it"
 
 
 def test_two_processes_share_the_work(pictures: Path, tmp_path: Path, vit_folder: Path) -> None:
@@ -451,7 +474,7 @@ def test_a_new_head_measures_only_its_own_rows_and_the_old_ones_are_kept(
     assert "contact_sheet.jpg" not in report["pictures"].values()
     assert set(measured) == {"ttame", *FROM_THE_HEAD}
     before, after = finished[1]["methods"], report["methods"]
-    assert after["gradcam"] == before["gradcam"]
+    assert after["gradcam"]["measures"] == before["gradcam"]["measures"]
     assert after["ttame"]["measures"] != before["ttame"]["measures"]
     assert len(list(output.glob("per_image-*.parquet"))) == 1
     measured.clear()

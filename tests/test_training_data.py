@@ -3,6 +3,7 @@
 import io
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 
 from hf_ttame.image_processing import Normalisation
 from hf_ttame.pictures import decode, image_column, open_stream, undecoded
-from training.data import augment, normaliser
+from training.data import augment, filter_of, normaliser
 
 
 def picture(seed: int) -> Image.Image:
@@ -161,6 +162,18 @@ def test_augment_crops_and_flips() -> None:
         starts.add(int(row.min()))
     assert 4 <= flipped <= 16
     assert len(starts) > 8
+
+
+def test_the_filter_is_the_processors() -> None:
+    for given, expected in (
+        (0, "NEAREST"),
+        (2, "BILINEAR"),
+        (None, "BICUBIC"),
+        ("bilinear", "BICUBIC"),
+        (77, "BICUBIC"),
+    ):
+        assert filter_of(SimpleNamespace(resample=given)) == Image.Resampling[expected]
+    assert filter_of(SimpleNamespace()) == Image.Resampling.BICUBIC
 
 
 @pytest.mark.parametrize("min_scale", [1.0, 0.5])

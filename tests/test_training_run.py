@@ -414,9 +414,12 @@ def test_what_has_changed_is_refused_by_name(
     else:  # as many, of the same names
         picture(99).resize((30, 30)).save(places[changed] / "00.png")
         assert f"what it reads has changed: {changed}: " in Run(server, [*argv, "--resume"]).wait(1), "though complete"
-    end_before_the_end(tmp_path / "run", 2)
+    progress = end_before_the_end(tmp_path / "run", 2)
     text = Run(server, [*argv, "--resume"]).wait(1)
     assert re.search(rf"what it reads has changed: {changed}: \S+ then, \S+ now; bring the earlier back", text)
+    del progress["identity"]["order of the pictures"]  # as in a checkpoint of an earlier form of the stream
+    (tmp_path / "run" / "checkpoint-00000002" / "progress.json").write_text(json.dumps(progress))
+    assert "order of the pictures: 1 then, 2 now" in Run(server, [*argv, "--resume"]).wait(1)
 
 
 def end_before_the_end(output: Path, step: int) -> dict[str, Any]:
@@ -515,8 +518,8 @@ def test_running_statistics_are_averaged(server: Any, backbone: str, folder: Pat
 def test_options_train(server: Any, backbone: str, folder: Path, tmp_path: Path, more: list[str]) -> None:
     output = tmp_path / "run"
     (output / "samples").mkdir(parents=True)
-    for stale in (output / "unreadable_0.txt", output / "samples" / "00000001.png"):
-        stale.write_text("of a run that was killed before its first checkpoint")
+    for stale in (output / "unreadable_0.txt", output / "samples" / "00000001.png", output / "log.jsonl"):
+        stale.write_text("" if stale.suffix == ".jsonl" else "of a run that was killed before its first checkpoint")
     Run(server, arguments(backbone, folder, output, "--steps", "6", "--workers", "0", *more)).wait()
     assert not any((output / "samples").iterdir())
     assert json.loads((output / "report.json").read_text())["unreadable"]["count"] == 0
@@ -599,6 +602,10 @@ def test_data_that_cannot_train(server: Any, backbone: str, parquet: Path, tmp_p
     text = Run(server, arguments(backbone, parquet, parquet / "run", "--workers", "0")).wait(1)
     assert f"lies among the pictures of {str(parquet)!r}" in text
     (parquet / "run.txt").unlink()
+    own = Path(shutil.copytree(parquet, tmp_path / "run" / "samples"))
+    text = Run(server, arguments(backbone, own, tmp_path / "run", "--workers", "0")).wait(1)
+    assert "keeps its samples" in text
+    assert len(list(own.iterdir())) == 3
     few = tmp_path / "few"
     few.mkdir()
     for seed in range(3):

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from hf_ttame.pictures import DATA_ERRORS, open_stream
+from training.identity import is_small
 from training.stream import TrainingStream, make_loader
 
 pytestmark = pytest.mark.filterwarnings("ignore:'set_vital'", "ignore:This DataLoader will create")
@@ -176,6 +177,12 @@ def test_held_out_pictures_never_train(rows: datasets.Dataset) -> None:
     assert [c["bytes"] for c in make(rows, 5, holdout=0.3, seed=9).held_out(4)] == [
         c["bytes"] for c in make(rows, 5, holdout=0.3).held_out(4)
     ]
+
+
+def test_a_link_that_leads_nowhere_is_no_reason_to_stop(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(encoded(0))
+    (tmp_path / "b.png").symlink_to(tmp_path / "nowhere.png")
+    assert is_small(str(tmp_path), "train")
 
 
 def test_held_out_pictures_of_a_dataset_that_is_sorted_by_class() -> None:

@@ -130,6 +130,10 @@ def check(arguments: Arguments) -> None:
                 f"--output {arguments.output!r} lies among the pictures of {name!r}, where its own would be read too; "
                 "give a folder outside"
             )
+        if Path(name).resolve().is_relative_to(Path(arguments.output, "samples").resolve()):
+            raise ValueError(
+                f"{name!r} lies where --output {arguments.output!r} keeps its own pictures; choose another"
+            )
     output = Path(arguments.output)
     if output.is_file():
         raise ValueError(f"--output {arguments.output!r} is a file; give a folder")

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,6 +43,14 @@ def augment(
     if generator.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return torch.from_numpy(np.array(image))
+
+
+def filter_of(processor: Any) -> Image.Resampling:
+    """The filter with which an image processor resizes; bicubic where it does not say."""
+    try:
+        return Image.Resampling(processor.resample)
+    except (AttributeError, ValueError):
+        return Image.Resampling.BICUBIC
 
 
 def normaliser(normalisation: Normalisation, device: torch.device | str) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -51,9 +51,10 @@ def attempt(what: str, action: Callable[[], Any]) -> bool:
 
 
 def clear(output: Path) -> None:
-    """Remove what an earlier run that left no checkpoint would mix into the report of a new one."""
-    for file in (*output.glob("unreadable_*.txt"), *output.glob("samples/[0-9]*.png")):
-        file.unlink()
+    """Remove what an earlier run that left no checkpoint, but its log, would mix into the report of a new one."""
+    if (output / "log.jsonl").exists():
+        for file in (*output.glob("unreadable_*.txt"), *output.glob(f"samples/{'[0-9]' * 8}.png")):
+            file.unlink()
 
 
 class Log:

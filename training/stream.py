@@ -37,7 +37,10 @@ from hf_ttame.pictures import DATA_ERRORS, decode, undecoded
 
 from .data import augment
 
+STREAM_FORMAT = 2
+"""Another number means another order of the pictures, other views or another choice of the held-out ones."""
 _CHUNK = 32  # rows read at once
+_OPENED = 16  # shards that the held-out pictures come from, unless they are too few
 _ENOUGH = 100  # pictures after which the share of unreadable ones says something
 _ORDER, _WINDOW, _VIEW, _HOLDOUT, _CHOICE = range(5)  # what a random generator is for
 
@@ -175,8 +178,8 @@ class TrainingStream(IterableDataset):
     def held_out(self, count: int, whole: bool = False) -> list[Any]:
         """Up to `count` undecoded cells of the share that is kept for validation, from shards in a shuffled order.
 
-        whole: choose at random among all that are kept, which reads the dataset to its end; else the first ones of the
-            shards, evenly many of each: enough of a dataset that is not sorted by class.
+        whole: choose at random among all that are kept, which reads the dataset to its end; else the first ones of
+            sixteen shards, evenly many of each: enough of a dataset that is not sorted by class.
         """
         shards = np.random.default_rng(_HOLDOUT).permutation(self.dataset.num_shards).tolist()
         if whole:
@@ -189,7 +192,7 @@ class TrainingStream(IterableDataset):
             return [cell for *_, cell in heapq.nsmallest(count, drawn, key=lambda entry: entry[:3])]
         found: list[Any] = []
         for number, shard in enumerate(shards):
-            share = -(-(count - len(found)) // (len(shards) - number))
+            share = -(-(count - len(found)) // max(1, min(_OPENED, len(shards)) - number))
             kept = (cell for row, cell in enumerate(self._cells(shard)) if self._is_held_out(shard, row))
             found += islice(kept, share)
         return found

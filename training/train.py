@@ -38,7 +38,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -62,7 +61,7 @@ if not __package__:  # launched as a script, in a checkout or as hf_ttame/traini
 
 from .arguments import Arguments, check
 from .checkpoints import check_same, checkpoints, first_problem, load_checkpoint, save_checkpoint
-from .data import normaliser
+from .data import filter_of, normaliser
 from .folding import fold_batch_norms
 from .identity import (
     check_complete,
@@ -87,7 +86,7 @@ from .report import (
     write_record,
     write_values,
 )
-from .stream import TrainingStream, make_loader, too_many_unreadable
+from .stream import STREAM_FORMAT, TrainingStream, make_loader, too_many_unreadable
 from .validation import HeldOut, collapse, draw_samples, intervals, summary, validate
 from .watch import LossWatch
 
@@ -384,15 +383,17 @@ def main(argv: list[str] | None = None) -> int:
         ranks=ranks,
         holdout=arguments.holdout,
         max_unreadable=arguments.max_unreadable,
-        resample=Image.Resampling(getattr(model.image_processor, "resample", None) or Image.Resampling.BICUBIC),
+        resample=filter_of(model.image_processor),
     )
     identity = {
+        "order of the pictures": STREAM_FORMAT,
         "backbone": model.config.backbone_fingerprint,
         "dataset": dataset_identity(arguments.dataset, arguments.split),
         "shards of the dataset": dataset.num_shards,
         "validation": dataset_identity(arguments.validation, arguments.validation_split),
     }
-    check_identity(progress["identity"], identity)
+    earlier = {"order of the pictures": 1, **progress["identity"]} if newest else {}
+    check_identity(earlier, identity)
     progress["identity"] = identity
     loader = make_loader(stream, arguments.batch_size, arguments.workers, accelerator.device.type == "cuda")
     held_out = None
