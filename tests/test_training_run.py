@@ -604,7 +604,7 @@ def test_data_that_cannot_train(server: Any, backbone: str, parquet: Path, tmp_p
     (parquet / "run.txt").unlink()
     own = Path(shutil.copytree(parquet, tmp_path / "run" / "samples"))
     text = Run(server, arguments(backbone, own, tmp_path / "run", "--workers", "0")).wait(1)
-    assert "keeps its samples" in text
+    assert "keeps its own pictures" in text
     assert len(list(own.iterdir())) == 3
     few = tmp_path / "few"
     few.mkdir()
