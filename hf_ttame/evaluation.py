@@ -520,15 +520,16 @@ def compare(
         "environment": environment(model.device, plan.precision),
     }
     kept = {key: row for key, row in everything.items() if key[2] in names}
-    with passes_in(model, plan.precision), tqdm(desc="latency", total=len(methods), disable=hidden) as latency_bar:
+    measured = {name for _, _, name in kept}
+    with passes_in(model, plan.precision), tqdm(desc="latency", unit="method", disable=hidden) as latency_bar:
         latency = measure_latency(
             model,
-            [method for method in methods if any(key[2] == method.name for key in kept)],
+            [method for method in methods if method.name in measured],
             _first_pictures(Images(plan, model), targets),
             output,
             {**facts["environment"], "copies per pass": plan.settings.batch_size},
             store.head,
-            lambda name: latency_bar.set_postfix_str(name),
+            lambda name: latency_bar.set_postfix_str(name) or latency_bar.update(),
         )
     shown = sheet_pictures(model, plan, sheet) if contact_sheet else {}
     return write_report(output, kept, methods, facts, shown, sanity, latency)
@@ -548,12 +549,11 @@ def _inputs(model: TTameModel) -> dict[str, Any]:
     return {
         "backbone_fingerprint": model.config.backbone_fingerprint,
         "processor": hashlib.sha256(processor.encode()).hexdigest()[:16],
-        **{name: _plain(getattr(model.config, name)) for name in ("image_size", "pixel_scale", "pixel_shift")},
+        **{
+            name: [float(value) for value in getattr(model.config, name)]
+            for name in ("image_size", "pixel_scale", "pixel_shift")
+        },
     }
-
-
-def _plain(values: Sequence[float]) -> list[float]:
-    return [float(value) for value in values]
 
 
 def _first_pictures(images: Images, targets: dict[int, int]) -> list[tuple[int, torch.Tensor, int]]:

@@ -314,9 +314,8 @@ def files_to_push(folder: Path, kind: str, include_examples: bool = False) -> tu
     sent: list[Path] = []
     left_out: list[Path] = []
     report = report_name(folder) if kind == "model" else None
-    reports = (
-        {report, *further_reports(folder)} if kind == "model" else set()
-    )  # those that are known to be of this head
+    # Those that are known to be about this head.
+    reports = {report, *further_reports(folder)} if kind == "model" else set()
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder)
         if file.is_symlink():
