@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from .card_text import NOT_MEASURED, NOT_RECORDED, escape, number, plain, visible, without_secrets
-from .measures import MEASURES, verdict
+from .measures import MEASURES, verdict_table
 from .saving import is_hub_id
 
 _GROUPS = {  # what can be measured: how the names of its measures begin
@@ -174,27 +174,15 @@ def _further(report: Mapping[str, Any]) -> list[str]:
 
 def _beside_others(report: Mapping[str, Any]) -> list[str]:
     """By measure, the other methods by what the paired intervals of the difference say."""
-    found: dict[str, dict[str, list[str]]] = {}
-    for method, table in report["differences"].items():
-        for measure in MEASURES:
-            if measure.better and isinstance(table.get(measure.name), dict):
-                kinds = found.setdefault(measure.name, {"better": [], "worse": [], "open": []})
-                kinds[verdict(table[measure.name], measure.better)].append(escape(method))
     lines = [
         "",
         "This explainer beside the other maps: better or worse where the paired 95 % interval of the difference "
         "excludes 0 (bootstrap over the photographs; the intervals stand in the report):",
         "",
     ]
-    if not found:
+    if not any(report["differences"].values()):
         return [*lines, f"- {NOT_MEASURED}"]
-    lines += ["| measure | better than | worse than | open |", "|---|---|---|---|"]
-    for measure in MEASURES:
-        if measure.name in found:
-            lines.append(
-                f"| {measure.name} | " + " | ".join(", ".join(names) for names in found[measure.name].values()) + " |"
-            )
-    return lines
+    return [*lines, *verdict_table(report["differences"], escape)]
 
 
 def _missing(report: Mapping[str, Any]) -> list[str]:

@@ -274,6 +274,11 @@ def dataset_digest(path: Path, found: datasets.Dataset | list[Path]) -> str:
     return digest.hexdigest()[:32]
 
 
+def local_digest(name: str | None, split: str) -> str | None:
+    """`dataset_digest` of a dataset that lies here; None of another."""
+    return dataset_digest(Path(name), contents(Path(name), split)) if name and Path(name).exists() else None
+
+
 def dataset_commit(name: str, revision: str | None) -> str | None:
     """The commit of a dataset on the Hub, so that every process and every run reads the same; None where not known."""
     try:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from .baselines import TRIVIAL, Cost, MapBank, Method, MethodSettings, expand_names, make_method
-from .dataset_input import dataset_commit, dataset_digest
+from .dataset_input import dataset_commit, local_digest
 from .evaluation_rows import Key, Store
 from .image_processing import preprocess
 from .latency import measure_latency
@@ -48,8 +48,8 @@ from .metrics.insertion_deletion import STARTS, empty_image
 from .metrics.localization import MOSAIC_CONFIDENCE, TILES, box_region, fit, half_size, mosaic
 from .modeling_ttame import TTameModel
 from .passes import PassBar, passes_of
-from .paths import check_path
-from .pictures import contents, decode, image_column, open_stream, parse_where, rows
+from .paths import check_outside, check_path
+from .pictures import decode, image_column, open_stream, parse_where, rows
 from .precision import PRECISIONS, passes_in
 from .records import head_fingerprint
 from .reporting import environment, write_report
@@ -122,12 +122,6 @@ class Plan:
     def most_mosaics(self) -> int:
         """`mosaics`, or what stands in for None."""
         return min(100, self.limit or 100) if self.mosaics is None else self.mosaics
-
-    def identity(self) -> str | None:
-        """What tells this dataset from another: the commit of one on the Hub, names and sizes of local files."""
-        if not os.path.exists(self.dataset):
-            return dataset_commit(self.dataset, self.revision)
-        return dataset_digest(Path(self.dataset), contents(Path(self.dataset), self.split))
 
     def fixed(self) -> dict[str, Any]:
         """What must not change between the parts of one resumed run; methods, metrics and limits may grow."""
@@ -425,8 +419,7 @@ def compare(
         model.to(accelerator.device)
     model.eval().to(memory_format=torch.channels_last)
     names = list(dict.fromkeys([*expand_names(plan.methods, model), *TRIVIAL]))
-    if os.path.isdir(plan.dataset) and output.resolve().is_relative_to(Path(plan.dataset).resolve()):
-        raise ValueError(f"the output {str(output)!r} lies inside the dataset {plan.dataset!r}; give a folder outside")
+    check_outside(output, plan.dataset)
     identity = _identity(plan, output)
     if identity is not None and not os.path.exists(plan.dataset):
         plan = replace(plan, revision=identity)  # what is read is what was named
@@ -536,11 +529,14 @@ def compare(
 
 
 def _identity(plan: Plan, output: Path) -> str | None:
-    """`Plan.identity`; of a dataset on the Hub that of the run's beginning."""
+    """What tells this dataset from another: names and sizes of local files; of one on the Hub the commit that the run
+    began with."""
+    if os.path.exists(plan.dataset):
+        return local_digest(plan.dataset, plan.split)
     settings = output / "settings.json"
-    if settings.exists() and not os.path.exists(plan.dataset):
+    if settings.exists():
         return json.loads(settings.read_text()).get("identity")
-    return plan.identity()
+    return dataset_commit(plan.dataset, plan.revision)
 
 
 def _inputs(model: TTameModel) -> dict[str, Any]:

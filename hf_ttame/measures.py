@@ -1,6 +1,8 @@
 """What a report measures: its columns, which way is better, and what an interval says."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from .metrics.insertion_deletion import STARTS
 
@@ -61,3 +63,23 @@ def verdict(difference: dict[str, float] | None, better: str) -> str:
     if difference["low"] > 0:
         return "better" if better == "higher" else "worse"
     return "open"
+
+
+def verdict_table(
+    differences: Mapping[str, Mapping[str, Any]], shown: Callable[[str], str] = lambda name: name
+) -> list[str]:
+    """Lines of a Markdown table: by measure, the methods that the first is better or worse than, or open beside.
+
+    Args:
+        differences: {method: {measure: see `verdict`}}; a measure that no method has is left out.
+        shown: a method's name as the table writes it.
+    """
+    lines = ["| measure | better than | worse than | open |", "|---|---|---|---|"]
+    for measure in MEASURES:
+        found: dict[str, list[str]] = {"better": [], "worse": [], "open": []}
+        for method, table in differences.items():
+            if measure.better and table.get(measure.name):
+                found[verdict(table[measure.name], measure.better)].append(shown(method))
+        if any(found.values()):
+            lines.append(f"| {measure.name} | " + " | ".join(", ".join(names) for names in found.values()) + " |")
+    return lines

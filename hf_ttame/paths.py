@@ -47,6 +47,15 @@ def check_path(name: str | os.PathLike, what: str, repo_type: str = "model", **h
     )
 
 
+def check_outside(output: str | os.PathLike, dataset: str | os.PathLike) -> None:
+    """Raise ValueError where `output` lies in the folder `dataset`: its pictures would be read as the dataset's."""
+    if os.path.isdir(dataset) and Path(output).resolve().is_relative_to(Path(dataset).resolve()):
+        raise ValueError(
+            f"the output {os.fspath(output)!r} lies among the pictures of {os.fspath(dataset)!r}, where what is "
+            "written would be read too; give a folder outside"
+        )
+
+
 def nearest_path(name: str) -> str | None:
     """The path that is there and most like `name`; None where nothing is."""
     path = Path(os.path.expanduser(name))

@@ -13,7 +13,7 @@ from PIL import Image
 
 from .baselines import Method
 from .disk import whole
-from .measures import FAITHFULNESS, MEASURES, ORDERS, PLACES, Measure, verdict
+from .measures import FAITHFULNESS, MEASURES, ORDERS, PLACES, Measure, verdict, verdict_table
 from .metrics import area_under
 from .metrics.bootstrap import Interval, mean_intervals
 from .metrics.insertion_deletion import STARTS
@@ -248,16 +248,9 @@ def to_markdown(report: dict[str, Any]) -> str:
             "",
             "Paired 95 % intervals of the difference; better or worse where 0 lies outside, else open.",
             "",
+            *verdict_table(report["differences"]),
+            "",
         ]
-        judged = [m for m in MEASURES if m.better and any(m.name in t for t in report["differences"].values())]
-        lines += ["| measure | better than | worse than | open |", "|---|---|---|---|"]
-        for measure in judged:
-            sorted_: dict[str, list[str]] = {"better": [], "worse": [], "open": []}
-            for name, table in report["verdicts"].items():
-                if measure.name in table:
-                    sorted_[table[measure.name]].append(name)
-            lines.append(f"| {measure.name} | " + " | ".join(", ".join(v) for v in sorted_.values()) + " |")
-        lines.append("")
     if report.get("sanity"):
         lines += ["## Sanity", "", "| check | value | must | passed |", "|---|---|---|---|"]
         for name, check in report["sanity"].items():

@@ -96,8 +96,8 @@ def plot_curves(
     font = ImageFont.load_default(size=12)
     for index, (title, lines) in enumerate(panels.items()):
         x0, y0 = index % 2 * width, index // 2 * height
-        left, top, right, bottom = x0 + 58, y0 + 28, x0 + width - 14, y0 + height - 26
-        draw.text((left, y0 + 6), title, fill="black", font=font)
+        left, top, right, bottom = x0 + 58, y0 + 38, x0 + width - 14, y0 + height - 26
+        draw.text((left, y0 + 4), title, fill="black", font=font)
         draw.rectangle((left, top, right, bottom), outline="#bbbbbb")
         lines = {name: [(x, y) for x, y in points if np.isfinite(y)] for name, points in lines.items()}
         lines = {name: points for name, points in lines.items() if points}
@@ -111,6 +111,7 @@ def plot_curves(
             draw.text((x0 + 4, y - 7), f"{y_low + share * y_span:.4g}", fill="black", font=font)
             x = left + share * (right - left)
             draw.text((x - 16 * share, bottom + 5), f"{x_low + share * x_span:.4g}", fill="black", font=font)
+        legend = right - sum(draw.textlength(name, font=font) + 10 for name in lines) + 10
         for colour, (name, points) in zip(_LINES * len(lines), lines.items(), strict=False):
             path = [
                 (left + (x - x_low) / x_span * (right - left), bottom - (y - y_low) / y_span * (bottom - top))
@@ -120,8 +121,8 @@ def plot_curves(
             if len(path) < 40:
                 for x, y in path:
                     draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill=colour)
-            line = list(lines).index(name)
-            draw.text((right - 120, top + 4 + 14 * line), name, fill=colour, font=font)
+            draw.text((legend, y0 + 20), name, fill=colour, font=font)
+            legend += draw.textlength(name, font=font) + 10
     return sheet
 
 

@@ -257,7 +257,7 @@ def test_another_dataset_of_the_same_name_is_refused(
 
 
 def test_no_output_among_the_pictures(pictures: Path, model: TTameModel) -> None:
-    with pytest.raises(ValueError, match="lies inside the dataset"):
+    with pytest.raises(ValueError, match="lies among the pictures"):
         compare(model, plan(pictures), pictures / "out", progress=False)
     assert not (pictures / "out").exists()
 

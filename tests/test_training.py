@@ -298,7 +298,7 @@ def test_pictures_of_curves_and_intervals() -> None:
     blue = (0x2B, 0x63, 0xE3)
     left, right = 58, 440 - 14
     assert curves.getpixel((left + 30, 274 - 20)) == blue, "low on the left"
-    assert curves.getpixel((right - 30, 28 + 20)) == blue, "high on the right"
+    assert curves.getpixel((right - 30, 38 + 19)) == blue, "high on the right"
     bars = plot_intervals("title", [("first", 1.0, 0.0, 2.0), ("second", 3.0, 2.0, 4.0)])
     row = [bars.getpixel((x, 34 + 12)) == blue for x in range(bars.width)]
     other = [bars.getpixel((x, 34 + 36)) == blue for x in range(bars.width)]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hf_ttame.paths import check_path
+from hf_ttame.paths import check_outside, check_path
 
 from .checkpoints import checkpoints
 
@@ -125,11 +125,7 @@ def check(arguments: Arguments) -> None:
         check_path(arguments.backbone, "backbone")
     for name in (arguments.dataset, *([arguments.validation] if arguments.validation else [])):
         check_path(name, "dataset", "dataset")
-        if Path(name).is_dir() and Path(arguments.output).resolve().is_relative_to(Path(name).resolve()):
-            raise ValueError(
-                f"--output {arguments.output!r} lies among the pictures of {name!r}, where its own would be read too; "
-                "give a folder outside"
-            )
+        check_outside(arguments.output, name)
         if Path(name).resolve().is_relative_to(Path(arguments.output, "samples").resolve()):
             raise ValueError(
                 f"{name!r} lies where --output {arguments.output!r} keeps its own pictures; choose another"

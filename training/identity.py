@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import torch
 
-from hf_ttame.dataset_input import dataset_commit, dataset_digest
+from hf_ttame.dataset_input import dataset_commit, local_digest
 from hf_ttame.pictures import contents
 
 from .arguments import Arguments
@@ -22,11 +22,6 @@ _SMALL = 10 << 30  # bytes
 def pinned(name: str, revision: str | None) -> str | None:
     """The commit of a dataset on the Hub, `revision` where it is not known; None of a local one."""
     return None if Path(name).exists() else dataset_commit(name, revision) or revision
-
-
-def dataset_identity(name: str | None, split: str) -> str | None:
-    """Hash of the names and sizes of a local dataset's files; None of one on the Hub, whose commit says it."""
-    return dataset_digest(Path(name), contents(Path(name), split)) if name and Path(name).exists() else None
 
 
 def is_small(name: str, split: str) -> bool:
@@ -55,7 +50,7 @@ def check_complete(output: Path, arguments: Arguments) -> None:
     recorded = json.loads((found[-1] / "progress.json").read_text())
     check_same(recorded["arguments"], asdict(arguments))
     names = {"dataset": arguments.split, "validation": arguments.validation_split}
-    now = {name: dataset_identity(getattr(arguments, name), split) for name, split in names.items()}
+    now = {name: local_digest(getattr(arguments, name), split) for name, split in names.items()}
     check_identity({name: recorded.get("identity", {}).get(name) for name in names}, now)
 
 

@@ -47,6 +47,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from hf_ttame import TTameModel
 from hf_ttame.answers import choose_targets
+from hf_ttame.dataset_input import local_digest
 from hf_ttame.disk import full_disk, whole
 from hf_ttame.image_processing import Normalisation
 from hf_ttame.losses import LossTerms, LossWeights, ttame_loss
@@ -66,7 +67,6 @@ from .folding import fold_batch_norms
 from .identity import (
     check_complete,
     check_identity,
-    dataset_identity,
     is_small,
     pinned,
     version_advice,
@@ -388,9 +388,9 @@ def main(argv: list[str] | None = None) -> int:
     identity = {
         "order of the pictures": STREAM_FORMAT,
         "backbone": model.config.backbone_fingerprint,
-        "dataset": dataset_identity(arguments.dataset, arguments.split),
+        "dataset": local_digest(arguments.dataset, arguments.split),
         "shards of the dataset": dataset.num_shards,
-        "validation": dataset_identity(arguments.validation, arguments.validation_split),
+        "validation": local_digest(arguments.validation, arguments.validation_split),
     }
     earlier = {"order of the pictures": 1, **progress["identity"]} if newest else {}
     check_identity(earlier, identity)
@@ -555,7 +555,7 @@ def main(argv: list[str] | None = None) -> int:
             except StopIteration:
                 raise ValueError(
                     f"process {accelerator.process_index} has no pictures: {arguments.dataset!r} is empty, or has "
-                    f"fewer pictures than processes x workers = {ranks} x {max(1, arguments.workers)}"
+                    f"too few for processes x workers = {ranks} x {max(1, arguments.workers)}; lower --workers"
                 ) from None
             waited += time.perf_counter() - asked_at
             pixel_values = normalise(batch["pixels"])

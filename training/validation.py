@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from hf_ttame import TTameModel
 from hf_ttame.image_processing import load_picture, preprocess, shown
@@ -116,14 +116,19 @@ def intervals(values: dict[str, torch.Tensor]) -> dict[str, list[float]]:
 
 @torch.no_grad()
 def draw_samples(model: TTameModel, held_out: HeldOut, device: torch.device) -> list[Image.Image]:
-    """The maps of the first eight pictures over them, as small pictures."""
+    """The maps of the first eight pictures over them, as small pictures with the name of the class explained."""
     pixel_values = torch.stack(held_out.samples).to(device)
     output = model(pixel_values)
     height, width = pixel_values.shape[-2:]
     maps = resize_maps(model.scale_maps(output.map_logits[:, 0].float()), (height, width)).cpu().numpy()
     drawn = []
-    for picture, values in zip(to_pictures(model, pixel_values), maps, strict=True):
-        drawn.append(overlay(picture, values, values >= 0).resize((_THUMBNAIL, _THUMBNAIL)))
+    for picture, values, class_id in zip(
+        to_pictures(model, pixel_values), maps, output.class_ids[:, 0].tolist(), strict=True
+    ):
+        small = overlay(picture, values, values >= 0).resize((_THUMBNAIL, _THUMBNAIL))
+        name = model.config.id2label[class_id].split(",")[0]
+        ImageDraw.Draw(small).text((4, _THUMBNAIL - 18), name, fill="white", stroke_width=2, stroke_fill="black")
+        drawn.append(small)
     return drawn
 
 
