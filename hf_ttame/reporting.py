@@ -270,6 +270,9 @@ def _curve(rows: Rows, method: str, name: str) -> np.ndarray | None:
     return np.mean(found, axis=0) if found else None
 
 
+_MARKERS = "osD^v<>PX*h"  # of methods that cost the same and stand on top of each other
+
+
 def _styles(methods: Sequence[str], kinds: dict[str, str]) -> dict[str, dict[str, Any]]:
     import matplotlib
 
@@ -351,20 +354,25 @@ def draw_plots(output: Path, rows: Rows, methods: Sequence[Method], report: dict
     if points:
         figure, axes = plt.subplots(1, 2, figsize=(12, 5))
         for axis, place, title in zip(axes, (1, 2), ("AD soft 100", "AD binary 50"), strict=True):
-            for name, point in points.items():
+            for number, (name, point) in enumerate(points.items()):
                 if (entry := point[place]) is None:
                     continue
-                colour = styles[name]["color"]
                 spread = [[entry["mean"] - entry["low"]], [entry["high"] - entry["mean"]]]
-                axis.errorbar(max(point[0], 0.01), entry["mean"], yerr=spread, fmt="o", color=colour, capsize=2)
-                axis.annotate(
-                    name, (max(point[0], 0.01), entry["mean"]), fontsize=8, xytext=(5, 4), textcoords="offset points"
+                axis.errorbar(
+                    max(point[0], 0.01),
+                    entry["mean"],
+                    yerr=spread,
+                    fmt=_MARKERS[number % len(_MARKERS)],
+                    color=styles[name]["color"],
+                    capsize=2,
+                    label=name,
                 )
             axis.set_xscale("log")
             axis.set_xlabel("milliseconds per map")
             axis.set_ylabel(f"{title}, percent (lower is better)")
             axis.grid(alpha=0.3, which="both")
             axis.margins(x=0.15)
+        axes[1].legend(fontsize=8, bbox_to_anchor=(1.02, 1), loc="upper left")
         _save(figure, output / "latency.png")
         drawn["Time per map against average drop"] = "latency.png"
     return drawn
