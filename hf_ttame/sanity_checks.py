@@ -48,9 +48,10 @@ from .modeling_ttame import TTameModel
 from .records import head_fingerprint
 from .saving import write_whole
 
-EXPERIMENTS = 2  # goes up when a check changes: what sanity.json holds of an earlier one does not count
+EXPERIMENTS = 3  # goes up when a check changes: what sanity.json holds of an earlier one does not count
 SHARES = (0.25, 0.5, 0.75, 1.0)
-DRAWS = 2  # random backbones per share
+DRAWS = 2  # random backbones per share, in (a)
+RETRAINED = 3  # random backbones in (b), each with a head of its own
 SHIFT = 4  # pixels
 PIXEL_NOISE = 0.02  # standard deviation, pixels in [0, 1]
 
@@ -239,28 +240,59 @@ def retrained_on_random(
 
     It is trained and asked for what this backbone answers, on mosaics of pictures with four different answers. Of each
     mosaic one tile counts, in turn: over all four tiles every map that ignores the class has a mean of 25 % exactly.
+    Several random backbones, as one alone says little. A control tells how much of an answer truly hangs on its tile
+    (`_evidence_in_tile`): a map that shows as much shows what the backbone used, and is no prior.
     """
-    other = copy.deepcopy(model)
-    randomise(other.backbone, 1.0, pixel_values, seed)
-    fresh_head(other, seed)
-    spread_answers(other.backbone, pixel_values)
-    with torch.no_grad():
-        answers = torch.cat([other.classify(x).argmax(dim=1) for x in pixel_values.split(32)]).cpu()
-    groups = group_by_four(answers.tolist(), len(answers))
-    if len(groups) < 2:
-        return not_made(NO_PRIOR_MUST, _too_few(len(groups), "answers of the random backbone"))
-    generator = torch.Generator().manual_seed(seed)
-
-    def batches(_: int) -> torch.Tensor:
-        chosen = torch.randint(len(pixel_values), (batch_size,), generator=generator)
-        views = pixel_values[chosen.to(pixel_values.device)]
-        return views.flip(-1) if torch.rand(1, generator=generator) < 0.5 else views
-
-    losses = fit_head(other, batches, steps)
     tiles = half_size(pixel_values.float().contiguous(), (pixel_values.shape[-2], pixel_values.shape[-1]))
-    found = _pointing_per_tile(other, tiles, answers, groups)
-    numbers = np.arange(len(groups))
-    return check_no_prior(found[numbers, numbers % TILES], losses)
+    pointing, evidence, losses = [], [], []
+    for draw in range(RETRAINED):
+        other = copy.deepcopy(model)
+        randomise(other.backbone, 1.0, pixel_values, seed + draw)
+        fresh_head(other, seed + draw)
+        spread_answers(other.backbone, pixel_values)
+        with torch.no_grad():
+            answers = torch.cat([other.classify(x).argmax(dim=1) for x in pixel_values.split(32)]).cpu()
+        groups = group_by_four(answers.tolist(), len(answers))
+        if len(groups) < 2:
+            return not_made(NO_PRIOR_MUST, _too_few(len(groups), "answers of the random backbone"))
+        generator = torch.Generator().manual_seed(seed + draw)
+
+        def batches(_: int, generator: torch.Generator = generator) -> torch.Tensor:
+            chosen = torch.randint(len(pixel_values), (batch_size,), generator=generator)
+            views = pixel_values[chosen.to(pixel_values.device)]
+            return views.flip(-1) if torch.rand(1, generator=generator) < 0.5 else views
+
+        losses.append(fit_head(other, batches, steps))
+        found = _pointing_per_tile(other, tiles, answers, groups)
+        numbers = np.arange(len(groups))
+        pointing.append(found[numbers, numbers % TILES])
+        evidence.append(_evidence_in_tile(other, tiles, answers, groups))
+    return check_no_prior(np.concatenate(pointing), np.mean(losses, axis=0), np.concatenate(evidence))
+
+
+@torch.no_grad()
+def _evidence_in_tile(
+    model: TTameModel, tiles: torch.Tensor, classes: torch.Tensor, groups: Sequence[list[int]]
+) -> np.ndarray:
+    """How much of an answer hangs on its own tile, in percent, (n,), of one tile per mosaic, in turn.
+
+    The class's logit falls when a tile is blacked out; what it falls by for its own tile, of all four falls. 25 where
+    none makes it fall, as of an answer that hangs on no tile in particular.
+    """
+    size = (model.config.image_size[0], model.config.image_size[1])
+    shares = []
+    for number, group in enumerate(groups):
+        own = number % TILES
+        images = []
+        for missing in (None, *range(TILES)):
+            shown = tiles[group].to(model.device)
+            if missing is not None:
+                shown[missing] = model.fill()[:, None, None]
+            images.append(fit(mosaic(shown), size))
+        logits = model.classify(torch.stack(images)).float()[:, classes[group[own]]]
+        falls = (logits[0] - logits[1:]).clamp(min=0)
+        shares.append(100 * float(falls[own] / falls.sum()) if falls.any() else 100 / TILES)
+    return np.array(shares)
 
 
 # ---- classes ------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -87,13 +88,13 @@ def test_figures_are_held_against_the_thresholds() -> None:
         assert check.passed is not None
         return check.passed
 
-    many = np.full(50, 1.0)
+    many, even = np.full(50, 1.0), np.full(20, 25.0)
     assert passed(sanity.check_randomised({"25 %": many, "100 %": 0.29 * many}, many))
     assert not passed(sanity.check_randomised({"25 %": 0 * many, "100 %": 0.31 * many}, 0 * many))
     assert "with another image's true map 0.50" in sanity.check_randomised({"100 %": many}, many / 2).value
-    assert passed(sanity.check_no_prior(np.array([20.0, 30.0] * 10), [2.0, 1.0]))
-    assert not passed(sanity.check_no_prior(np.array([40.0, 42.0] * 10), [2.0, 1.0]))
-    assert not passed(sanity.check_no_prior(np.array([20.0, 30.0] * 10), [1.0, 1.0]))  # it learned nothing
+    assert passed(sanity.check_no_prior(np.array([20.0, 30.0] * 10), [2.0, 1.0], even))
+    assert not passed(sanity.check_no_prior(np.array([40.0, 42.0] * 10), [2.0, 1.0], even))
+    assert not passed(sanity.check_no_prior(np.array([20.0, 30.0] * 10), [1.0, 1.0], even))  # it learned nothing
     assert passed(sanity.check_class_on_mosaics(np.array([40.0, 42.0] * 10)))
     assert not passed(sanity.check_class_on_mosaics(np.array([20.0, 30.0] * 10)))
     assert passed(sanity.check_watermark(80 * many))
@@ -161,9 +162,11 @@ def test_a_map_that_ignores_the_backbone_fails_the_cascade(
 
 
 def test_the_loss_of_the_training_is_shown_by_its_tenths() -> None:
-    found = sanity.check_no_prior(np.array([20.0, 30.0]), [4.0, 2.0, *[9.0] * 16, 1.0, 1.5])
+    found = sanity.check_no_prior(np.array([20.0, 30.0]), [4.0, 2.0, *[9.0] * 16, 1.0, 1.5], np.array([40.0, 60.0]))
     assert (found.figures["loss at the beginning"], found.figures["loss at the end"]) == (3.0, 1.25)
     assert found.value.endswith("; loss 3 to 1.25")
+    assert ", of the answer's own evidence 50.0 (" in found.value
+    assert found.figures["own evidence"]["mean"] == 50.0
     assert "loss" in found.must
 
 
@@ -200,6 +203,23 @@ def test_a_head_is_trained_on_the_random_backbone(model: TTameModel, images: tor
     assert found.figures["loss at the beginning"] != found.figures["loss at the end"]
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.head.state_dict().values(), strict=True))
     assert torch.equal(model.classify(images), logits)  # no hook is left on it
+
+
+def test_evidence_in_a_tile_by_hand() -> None:
+    def classify(pixel_values: torch.Tensor) -> torch.Tensor:
+        """Class k: three times the brightness of quarter k, once that of the next; class 4 never changes."""
+        quarters = (pixel_values[:, :1] * quadrants((8, 8))).sum(dim=(-2, -1))
+        logits = 3 * quarters + quarters.roll(-1, dims=1)
+        return torch.cat([logits, torch.ones(len(logits), 1)], dim=1)
+
+    config = SimpleNamespace(image_size=(8, 8))
+    model: Any = SimpleNamespace(classify=classify, config=config, device="cpu", fill=lambda: torch.zeros(3))
+    tiles, groups = torch.ones(8, 3, 4, 4), [[0, 1, 2, 3], [4, 5, 6, 7]]
+    found = checks._evidence_in_tile(model, tiles, torch.tensor([0, 1, 2, 3, 3, 1, 2, 0]), groups)
+    assert found.tolist() == [75.0, 75.0]  # of the second mosaic the second tile
+    found = checks._evidence_in_tile(model, tiles, torch.tensor([1, 0, 2, 3, 3, 4, 2, 0]), groups)
+    assert found.tolist() == [0.0, 25.0], "an answer that hangs on other tiles, and on none"
+    assert tiles.eq(1).all()
 
 
 def test_the_retrained_head_is_asked_for_classes_that_it_was_trained_on(
