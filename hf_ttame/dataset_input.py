@@ -241,7 +241,7 @@ def open_input(
     announced = (dataset.info.splits or {}).get(split)
     column = image_column(dataset, column)
     kept = tuple(dict.fromkeys([*([id_column] if id_column else []), *keep_columns]))
-    features = _features(dataset, column, kept)
+    features = _features(dataset, kept)
     lengths = shard_rows or [UNKNOWN_ROWS] * dataset.num_shards
     starts = list(accumulate(lengths[:-1], initial=0))
     return Input(
@@ -289,7 +289,7 @@ def dataset_commit(name: str, revision: str | None) -> str | None:
         return None
 
 
-def _features(dataset: datasets.IterableDataset, column: str, kept: Sequence[str]) -> dict[str, Any]:
+def _features(dataset: datasets.IterableDataset, kept: Sequence[str]) -> dict[str, Any]:
     if dataset.features is None:
         if kept:
             raise ValueError(
@@ -299,12 +299,4 @@ def _features(dataset: datasets.IterableDataset, column: str, kept: Sequence[str
         return {}
     if missing := [name for name in kept if name not in dataset.features]:
         raise ValueError(f"no column {', '.join(missing)} in the dataset; its columns: {', '.join(dataset.features)}")
-    kind = dataset.features[column]
-    if isinstance(kind, datasets.ClassLabel) or (
-        isinstance(kind, datasets.Value) and not any(word in kind.dtype for word in ("string", "binary"))
-    ):
-        raise ValueError(
-            f"the column {column!r} holds {getattr(kind, 'dtype', kind)}, not pictures; the columns: "
-            + ", ".join(dataset.features)
-        )
     return {name: dataset.features[name] for name in kept}

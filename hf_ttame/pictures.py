@@ -138,7 +138,8 @@ def image_column(dataset: datasets.IterableDataset, wanted: str | None = None) -
     """The column that holds the pictures: `wanted`, or the only image column, or one called image, img or jpg.
 
     Raises:
-        ValueError: there is no such column (the message names those there are), or the dataset is empty.
+        ValueError: there is no such column (the message names those there are), it can hold no pictures, or the
+            dataset is empty.
     """
     features = dataset.features
     columns = list(features) if features else list(next(iter(dataset), {}))
@@ -147,15 +148,27 @@ def image_column(dataset: datasets.IterableDataset, wanted: str | None = None) -
     if wanted is not None:
         if wanted not in columns:
             raise ValueError(f"image column {wanted!r} is not in the dataset; its columns: {', '.join(columns)}")
-        return wanted
+        return _holding_pictures(dataset, wanted)
     typed = [name for name in columns if features and isinstance(features[name], datasets.Image)]
     named = [name for name in ("image", "img", "jpg", "jpeg", "png", "webp", "pixel_values") if name in columns]
     if len(typed) == 1 or named:
-        return typed[0] if len(typed) == 1 else named[0]
+        return _holding_pictures(dataset, typed[0] if len(typed) == 1 else named[0])
     raise ValueError(
         "no image column found; name it with --image-column (training: --image_column); the columns: "
         + ", ".join(columns)
     )
+
+
+def _holding_pictures(dataset: datasets.IterableDataset, column: str) -> str:
+    kind = dataset.features[column] if dataset.features else None
+    if isinstance(kind, datasets.ClassLabel) or (
+        isinstance(kind, datasets.Value) and not any(word in kind.dtype for word in ("string", "binary"))
+    ):
+        raise ValueError(
+            f"the column {column!r} holds {getattr(kind, 'dtype', kind)}, not pictures; the columns: "
+            + ", ".join(dataset.features)
+        )
+    return column
 
 
 def undecoded(dataset: datasets.IterableDataset, column: str) -> datasets.IterableDataset:
@@ -177,11 +190,14 @@ def decode(value: Any, side: int | None = None) -> Image.Image:
         ValueError: it is unreadable.
     """
     if isinstance(value, dict):
-        value = value["bytes"] if value.get("bytes") is not None else value["path"]
+        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
     if value is None:
         raise ValueError("the cell is empty")
     if not isinstance(value, (bytes, str)):
-        return load_image(value)
+        try:
+            return load_image(value)
+        except TypeError as error:
+            raise ValueError(f"a cell of type {type(value).__name__} holds no picture") from error
     try:
         with Image.open(io.BytesIO(value) if isinstance(value, bytes) else value) as image:
             if side is not None:

@@ -249,8 +249,6 @@ def test_a_killed_run_resumes_to_the_same_head(
         str(save_every),
         "--workers",
         str(workers),
-        "--ema",
-        "0.9",
         "--holdout",
         "0.1",
     )
@@ -413,13 +411,29 @@ def test_what_has_changed_is_refused_by_name(
         save_file(weights, places[changed] / "model.safetensors", {"format": "pt"})
     else:  # as many, of the same names
         picture(99).resize((30, 30)).save(places[changed] / "00.png")
-        assert f"what it reads has changed: {changed}: " in Run(server, [*argv, "--resume"]).wait(1), "though complete"
-    progress = end_before_the_end(tmp_path / "run", 2)
+    assert f"what it reads has changed: {changed}: " in Run(server, [*argv, "--resume"]).wait(1), "though complete"
+    end_before_the_end(tmp_path / "run", 2)
     text = Run(server, [*argv, "--resume"]).wait(1)
     assert re.search(rf"what it reads has changed: {changed}: \S+ then, \S+ now; bring the earlier back", text)
-    del progress["identity"]["order of the pictures"]  # as in a checkpoint of an earlier form of the stream
-    (tmp_path / "run" / "checkpoint-00000002" / "progress.json").write_text(json.dumps(progress))
-    assert "order of the pictures: 1 then, 2 now" in Run(server, [*argv, "--resume"]).wait(1)
+
+
+def test_data_and_classifier_may_lie_elsewhere(server: Any, backbone: str, folder: Path, tmp_path: Path) -> None:
+    """A cluster stages them into a folder of each job."""
+    for job in ("first", "second"):
+        shutil.copytree(backbone, tmp_path / job / "classifier")
+        shutil.copytree(folder, tmp_path / job / "data")
+    more = ("--workers", "0", "--steps", "4", "--save_every", "2", "--resume")
+    argv = [
+        arguments(str(tmp_path / job / "classifier"), tmp_path / job / "data", tmp_path / "run", *more)
+        for job in ("first", "second")
+    ]
+    Run(server, argv[0]).wait()
+    shutil.copytree(tmp_path / "run", tmp_path / "whole")
+    assert "nothing to resume" in Run(server, argv[1]).wait()
+    assert "--processes was 1, now 2" in Run(server, argv[1], 2).wait(1)
+    end_before_the_end(tmp_path / "run", 2)
+    assert "continuing" in Run(server, argv[1]).wait()
+    assert_same(tmp_path / "whole", tmp_path / "run")
 
 
 def end_before_the_end(output: Path, step: int) -> dict[str, Any]:
@@ -473,17 +487,19 @@ def test_best_is_the_head_that_the_report_describes(server: Any, backbone: str, 
     assert all(torch.equal(saved[f"head.{name}"], kept[name]) for name in kept)
 
 
-def test_two_processes_follow_one(server: Any, backbone: str, tmp_path: Path) -> None:
+def test_two_processes_follow_one(server: Any, backbone: str, folder: Path, tmp_path: Path) -> None:
     """A global batch of 32 that is the whole dataset: every step sees the same views, however they are dealt."""
     (tmp_path / "data").mkdir()
     for seed in range(32):
         picture(seed).save(tmp_path / "data" / f"{seed:02d}.png")
-    heads = []
+    heads, validated = [], []
     for ranks in (1, 2):
         output = tmp_path / str(ranks)
         argv = arguments(backbone, tmp_path / "data", output, "--steps", "12", "--workers", "0", "--no_batch_norm")
         argv += ["--window", "64", "--batch_size", str(32 // ranks), "--optimizer", "sgd", "--learning_rate", "1e-2"]
+        argv += ["--validation", str(folder)]
         Run(server, argv, ranks).wait()
+        validated.append(json.loads((output / "validation.json").read_text())["AD soft 50"])
         heads.append(load_file(output / "explainer" / "model.safetensors"))
     start = TTameModel.from_backbone(backbone, batch_norm=False).state_dict()
     moved = False
@@ -492,6 +508,8 @@ def test_two_processes_follow_one(server: Any, backbone: str, tmp_path: Path) ->
         moved |= bool((heads[0][name] - start[name]).abs().max() > 1e-3)
     assert moved, "training that changes nothing proves nothing"
     assert int(heads[1]["head.class_counts"].sum()) == 12 * 32
+    assert len(set(validated[0])) > 12, "else their order would not show"
+    assert validated[0] == pytest.approx(validated[1], abs=0.5), "picture by picture, in one order"
 
 
 def test_running_statistics_are_averaged(server: Any, backbone: str, folder: Path, tmp_path: Path) -> None:
@@ -500,7 +518,7 @@ def test_running_statistics_are_averaged(server: Any, backbone: str, folder: Pat
     Run(server, argv, 2).wait()
     saved = load_file(output / "explainer" / "model.safetensors")
     own = [
-        torch.load(output / "checkpoint-00000003" / f"process_{rank}.pt", weights_only=True)["buffers"][0]
+        torch.load(output / "checkpoint-00000003" / f"process_{rank}.pt", weights_only=True)["buffers"]
         for rank in range(2)
     ]
     name = "bns.0.running_mean"
@@ -590,6 +608,14 @@ def test_data_that_cannot_train(server: Any, backbone: str, parquet: Path, tmp_p
     assert "image column 'photo' is not in the dataset; its columns: image, label" in refused(
         parquet, "--image_column", "photo"
     )
+    assert "the column 'label' holds int64, not pictures" in refused(parquet, "--image_column", "label")
+    for more in (["--validation_split", "train"], []):  # its files have no such split: all would be read
+        text = refused(parquet / "train-0.parquet", "--validation", str(parquet / "train-0.parquet"), *more)
+        assert "would read pictures that are trained on; give other ones" in text
+    assert "would read pictures that are trained on" in refused(
+        parquet, "--validation", str(parquet / "train-1.parquet")
+    )
+    assert "fp16 exists on GPUs only; give bf16" in refused(parquet, "--mixed_precision", "fp16")
     empty = tmp_path / "empty"
     empty.mkdir()
     rows = datasets.Dataset.from_dict({"image": []}, features=datasets.Features(image=datasets.Image()))
@@ -646,10 +672,31 @@ def test_an_error_in_a_worker_is_one_line(backbone: str, parquet: Path, tmp_path
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert re.fullmatch(
-        r"training: \d+ of \d+ pictures cannot be decoded, more than the share of 0\.01 that --max_unreadable allows"
-        r"(; the last: .* cannot be read: .*)?",
+        r"training: \d+ of \d+ pictures cannot be decoded, more than the share of 0\.01 that --max_unreadable allows; "
+        r".*unreadable_\*\.txt name them; .*",
         done.stderr.splitlines()[-1],
     )
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert steps[-1] < 20, "long before the end"
+
+
+def test_an_unexpected_error_ends_the_process(backbone: str, parquet: Path, tmp_path: Path) -> None:
+    """Whatever it is, with workers alive: no process is left that waits for them."""
+    argv = arguments(backbone, parquet, tmp_path / "run", "--workers", "2", "--steps", "40")
+    failing = (
+        "import sys, training.train as train; losses = train.masking_losses\n"
+        "def fail(model, head, pixel_values, *rest, **more):\n"
+        "    if head.class_counts.sum() >= 16: raise RuntimeError('out of memory')\n"
+        "    return losses(model, head, pixel_values, *rest, **more)\n"
+        "train.masking_losses = fail; train.main(sys.argv[1:])"
+    )
+    settings = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    settings["PYTHONPATH"] = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", failing, *argv], capture_output=True, text=True, timeout=120, env=settings
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "RuntimeError: out of memory"
 
 
 def test_a_collapse_is_told_once(server: Any, backbone: str, folder: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from hf_ttame import TTameModel
 from hf_ttame.image_processing import load_picture, preprocess
-from training.train import MovingAverage, follow_step
+from training.train import follow_step
 from training.validation import HeldOut, draw_samples, to_pictures, validate
 from training.watch import LossWatch
 
@@ -115,15 +115,13 @@ def test_nothing_follows_a_step_that_the_scaler_passed_over() -> None:
     plain = torch.optim.SGD(head.parameters(), lr=0.1)
     schedule = torch.optim.lr_scheduler.LinearLR(plain)
     optimizer = accelerator.prepare(plain)
-    average = MovingAverage(head, decay=0.5)
     followed = []
     for factor in (1.0, math.inf, 1.0, math.nan):
         before = head.weight.detach().clone()
         accelerator.backward((head(torch.ones(1, 2)) * factor).sum())
         optimizer.step()
         optimizer.zero_grad()
-        follow_step(accelerator, schedule, average, head)
+        follow_step(accelerator, schedule)
         assert torch.equal(before, head.weight) == (not math.isfinite(factor))
-        followed.append((int(average.updates), schedule.last_epoch))
-    assert followed == [(1, 1), (1, 1), (2, 2), (2, 2)]
-    assert average.head.weight.isfinite().all()
+        followed.append(schedule.last_epoch)
+    assert followed == [1, 1, 2, 2]

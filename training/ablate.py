@@ -162,7 +162,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             complete = (output / "explainer" / "training.json").exists()
             print(f"{name}, seed {seed}{': complete' if complete else ''}", flush=True)
             if complete:
-                check_complete(output, *parser_of_runs.parse_args_into_dataclasses(command(name, seed, more)))
+                (wanted,) = parser_of_runs.parse_args_into_dataclasses(command(name, seed, more))
+                check_complete(output, wanted, arguments.processes)
                 continue
             ended = run_training(script, command(name, seed, more), ["--num_processes", str(arguments.processes)])
             if ended.stopped:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hf_ttame.paths import check_outside, check_path
+from hf_ttame.pictures import contents
 
 from .checkpoints import checkpoints
 
@@ -24,7 +25,6 @@ class Arguments:
     learning_rate: float = field(default=1e-3, metadata={"help": "peak of the OneCycle schedule"})
     weight_decay: float = field(default=5e-4, metadata={"help": "not applied to biases and norms"})
     clip_norm: float | None = field(default=None, metadata={"help": "largest norm of the gradient"})
-    ema: float | None = field(default=None, metadata={"help": "validate and save a moving average, such as 0.999"})
     seed: int = 0
 
     # The data.
@@ -113,10 +113,8 @@ def check(arguments: Arguments) -> None:
             raise ValueError(f"--{name} must be positive, got {value}")
     if arguments.min_crop > 1:
         raise ValueError(f"--min_crop must lie in (0, 1], got {arguments.min_crop}")
-    for name, below in (("holdout", 1.0), ("ema", 1.0)):
-        value = getattr(arguments, name)
-        if value is not None and not 0 <= value < below:
-            raise ValueError(f"--{name} must lie in [0, 1), got {value}")
+    if not 0 <= arguments.holdout < 1:
+        raise ValueError(f"--holdout must lie in [0, 1), got {arguments.holdout}")
     if not 0 <= arguments.max_unreadable <= 1:
         raise ValueError(f"--max_unreadable must lie in [0, 1], got {arguments.max_unreadable}")
     if arguments.validation and arguments.holdout:
@@ -130,15 +128,36 @@ def check(arguments: Arguments) -> None:
             raise ValueError(
                 f"{name!r} lies where --output {arguments.output!r} keeps its own pictures; choose another"
             )
+    if arguments.validation:
+        check_apart(arguments)
     output = Path(arguments.output)
     if output.is_file():
         raise ValueError(f"--output {arguments.output!r} is a file; give a folder")
     if arguments.resume:
         return
-    if (output / "explainer").exists():
+    if (output / "explainer" / "training.json").exists():
         raise ValueError(f"{arguments.output!r} holds a trained explainer; choose another --output")
     if checkpoints(output):
         raise ValueError(
             f"{arguments.output!r} holds the checkpoints of an earlier run; continue it with --resume, or choose "
             "another --output"
+        )
+
+
+def check_apart(arguments: Arguments) -> None:
+    """Raise ValueError where pictures are both trained and validated on: the score would mean nothing."""
+    names = (arguments.dataset, str(arguments.validation))
+    splits = (arguments.split, arguments.validation_split)
+    shared = names[0] == names[1] and splits[0] == splits[1]
+    one, other = (Path(name).resolve() for name in names)
+    if one.exists() and other.exists() and (one.is_relative_to(other) or other.is_relative_to(one)):
+        found, others = contents(one, splits[0]), contents(other, splits[1])
+        if isinstance(found, list) and isinstance(others, list):
+            shared = not set(found).isdisjoint(others)
+        elif not isinstance(found, list) and not isinstance(others, list):
+            shared = bool(found._fingerprint == others._fingerprint)
+    if shared:
+        raise ValueError(
+            f"--validation {arguments.validation!r} would read pictures that are trained on; give other ones, another "
+            "--validation_split, or --holdout 0.1 to keep a share of --dataset apart"
         )

@@ -8,7 +8,7 @@ statistics.
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,15 @@ def checkpoints(output: Path) -> list[Path]:
     return sorted(path for path in output.glob("checkpoint-*") if (path / "progress.json").exists())
 
 
-def check_same(recorded: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise ValueError, with their names, where arguments differ that a continued run must share."""
+def check_same(recorded: Mapping[str, Any], wanted: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Raise ValueError, with their names, where arguments differ that a continued run must share.
+
+    identity: of the recorded run, see `identity.check_identity`. What it tells by its content may lie elsewhere now.
+    """
     changed = [
         f"--{name} was {recorded.get(name)!r}, now {value!r}"
         for name, value in wanted.items()
-        if name not in FREE and recorded.get(name) != value
+        if name not in FREE and not identity.get(name) and recorded.get(name) != value
     ]
     if changed:
         raise ValueError(
@@ -48,7 +51,7 @@ def save_checkpoint(
     accelerator: Accelerator,
     output: Path,
     progress: dict[str, Any],
-    modules: Sequence[nn.Module],
+    head: nn.Module,
     stream: dict[str, Any],
     keep: int,
     best: Path | None = None,
@@ -59,7 +62,7 @@ def save_checkpoint(
         accelerator: holds the head, the optimiser, the schedule and the loss scale.
         output: folder of the checkpoints.
         progress: written as progress.json; `progress["step"]` names the checkpoint.
-        modules: their buffers differ between processes.
+        head: its buffers differ between processes.
         stream: position of this process in the stream.
         keep: how many checkpoints stay.
         best: file of the best head so far, which `progress` describes; the checkpoint keeps a copy.
@@ -74,7 +77,7 @@ def save_checkpoint(
     problem = None
     try:
         accelerator.save_state(str(part))
-        own = {"stream": stream, "buffers": [dict(module.named_buffers()) for module in modules]}
+        own = {"stream": stream, "buffers": dict(head.named_buffers())}
         torch.save(own, part / f"process_{accelerator.process_index}.pt")
     except Exception as error:  # torch, safetensors and the system each raise their own for a full disk
         problem = full_disk(error, final) or f"{type(error).__name__}: {error}".splitlines()[0]
@@ -101,7 +104,7 @@ def save_checkpoint(
     return first_problem(accelerator, problem)
 
 
-def load_checkpoint(accelerator: Accelerator, checkpoint: Path, modules: Sequence[nn.Module]) -> dict[str, Any]:
+def load_checkpoint(accelerator: Accelerator, checkpoint: Path, head: nn.Module) -> dict[str, Any]:
     """Load what `save_checkpoint` saved; returns the position in the stream."""
     own = checkpoint / f"process_{accelerator.process_index}.pt"
     if not own.exists():
@@ -111,9 +114,8 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path, modules: Sequenc
         )
     accelerator.load_state(str(checkpoint))
     state = torch.load(own, map_location="cpu", weights_only=True)
-    for module, buffers in zip(modules, state["buffers"], strict=True):
-        for name, buffer in module.named_buffers():
-            buffer.copy_(buffers[name])
+    for name, buffer in head.named_buffers():
+        buffer.copy_(state["buffers"][name])
     return state["stream"]
 
 

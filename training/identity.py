@@ -1,7 +1,7 @@
 """What a run reads, and with which versions: a resumed run that found other data would not be the same run."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -9,9 +9,13 @@ from typing import Any
 
 import datasets
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
+from hf_ttame.backbones import load_backbone
 from hf_ttame.dataset_input import dataset_commit, local_digest
 from hf_ttame.pictures import contents
+from hf_ttame.saving import fingerprint
 
 from .arguments import Arguments
 from .checkpoints import check_same, checkpoints
@@ -22,6 +26,13 @@ _SMALL = 10 << 30  # bytes
 def pinned(name: str, revision: str | None) -> str | None:
     """The commit of a dataset on the Hub, `revision` where it is not known; None of a local one."""
     return None if Path(name).exists() else dataset_commit(name, revision) or revision
+
+
+def agreed(accelerator: Accelerator, find: Callable[[], str | None]) -> str | None:
+    """What the main process finds, in every process: asked one by one, they might find two commits of one dataset."""
+    found = [find() if accelerator.is_main_process else None]
+    broadcast_object_list(found)
+    return found[0]
 
 
 def is_small(name: str, split: str) -> bool:
@@ -43,15 +54,17 @@ def versions() -> dict[str, str]:
     }
 
 
-def check_complete(output: Path, arguments: Arguments) -> None:
+def check_complete(output: Path, arguments: Arguments, processes: int) -> None:
     """Raise ValueError where the run that is complete in `output` was not the one that the arguments ask for."""
     if not (found := checkpoints(output)):
         return  # removed to save space
     recorded = json.loads((found[-1] / "progress.json").read_text())
-    check_same(recorded["arguments"], asdict(arguments))
-    names = {"dataset": arguments.split, "validation": arguments.validation_split}
-    now = {name: local_digest(getattr(arguments, name), split) for name, split in names.items()}
-    check_identity({name: recorded.get("identity", {}).get(name) for name in names}, now)
+    check_same(recorded["arguments"], {**asdict(arguments), "processes": processes}, recorded["identity"])
+    splits = {"dataset": arguments.split, "validation": arguments.validation_split}
+    now = {name: local_digest(getattr(arguments, name), split) for name, split in splits.items()}
+    if arguments.pretrained and Path(arguments.backbone).exists():
+        now["backbone"] = fingerprint(load_backbone(arguments.backbone).model)
+    check_identity({name: recorded["identity"].get(name) for name in now}, now)
 
 
 def check_identity(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> None:

@@ -126,6 +126,51 @@ def coverage(counts: torch.Tensor, id2label: dict[int, str]) -> dict[str, Any]:
     }
 
 
+def describe(
+    progress: Mapping[str, Any],
+    pictures: int,
+    found: Mapping[str, Any],
+    unreadable: Sequence[str],
+    not_validated: Sequence[str],
+    where: Mapping[str, Any],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """report.json, and the training record that lies beside the explainer.
+
+    The explainer may be published: the record leaves out the names of somebody's files and folders.
+
+    Args:
+        progress: of the run, as its checkpoints hold it.
+        pictures: how many were trained on, counted again in every epoch.
+        found: see `coverage`.
+        unreadable, not_validated: what was passed over in training and for validation.
+        where: see `machine`.
+    """
+    given = {**progress["arguments"], "output": None, "resume": None}
+    local = [name for name in ("backbone", "dataset", "validation") if given[name] and os.path.exists(given[name])]
+    report = {
+        "arguments": {**given, **{name: Path(given[name]).name for name in local}},
+        "machine": where,
+        "steps": progress["step"],
+        "pictures": pictures,
+        "seconds": round(progress["seconds"], 1),
+        "last": progress["last"],
+        "coverage": found,
+        "unreadable": {"count": len(unreadable), "names": unreadable[:100]},
+        "unreadable_validation": {"count": len(not_validated), "names": not_validated[:100]},
+        "warnings": progress["warnings"],
+        "validations": progress["validations"],
+        "best": progress["best"],
+        "last_95": progress["last_95"],
+    }
+    record = {
+        **report,
+        "arguments": {**given, **dict.fromkeys(local, "a local folder")},
+        "unreadable": {"count": len(unreadable)},
+        "unreadable_validation": {"count": len(not_validated)},
+    }
+    return report, record
+
+
 def draw_curves(output: Path, validations: Sequence[dict[str, Any]]) -> None:
     """curves.png: the loss, its terms and the mask area over the steps, and what the validations found."""
     log = read_log(output / "log.jsonl")

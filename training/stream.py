@@ -41,7 +41,7 @@ STREAM_FORMAT = 2
 """Another number means another order of the pictures, other views or another choice of the held-out ones."""
 _CHUNK = 32  # rows read at once
 _OPENED = 16  # shards that the held-out pictures come from, unless they are too few
-_ENOUGH = 100  # pictures after which the share of unreadable ones says something
+_ENOUGH = 100  # pictures after which a slot that could decode none gives up
 _ORDER, _WINDOW, _VIEW, _HOLDOUT, _CHOICE = range(5)  # what a random generator is for
 
 
@@ -60,7 +60,6 @@ class TrainingStream(IterableDataset):
         min_scale: see `augment`.
         rank, ranks: this process and their number.
         holdout: share of the pictures that is never yielded; `held_out` reads them.
-        max_unreadable: the largest share of unreadable pictures that is passed over, in [0, 1].
         resample: filter that resizes the views.
     """
 
@@ -76,7 +75,6 @@ class TrainingStream(IterableDataset):
         rank: int = 0,
         ranks: int = 1,
         holdout: float = 0.0,
-        max_unreadable: float = 1.0,
         resample: Image.Resampling = Image.Resampling.BICUBIC,
     ):
         self.dataset = undecoded(dataset, column)
@@ -88,7 +86,6 @@ class TrainingStream(IterableDataset):
         self.rank = rank
         self.ranks = ranks
         self.holdout = holdout
-        self.max_unreadable = max_unreadable
         self.resample = resample
         self.state = {"epoch": 0, "position": 0, "row": 0, "offset": 0, "read": 0, "unreadable": 0}
 
@@ -131,7 +128,7 @@ class TrainingStream(IterableDataset):
                         state["unreadable"] += 1
                         skipped.append(f"{_name(cell, shard, row)}: {error}")
                         if state["read"] >= _ENOUGH:
-                            self._check_share(skipped)
+                            self._check_any(skipped)
                         continue
                     yield {"pixels": pixels, "picture": (epoch, shard, row), "unreadable": skipped}
                     skipped = []
@@ -141,7 +138,7 @@ class TrainingStream(IterableDataset):
                 if slots == 1:
                     raise ValueError("the dataset is empty")
                 return  # fewer pictures than slots
-            self._check_share(skipped)
+            self._check_any(skipped)
             state.update(epoch=epoch + 1, position=0, row=0, offset=0)
 
     def _rows(
@@ -197,22 +194,12 @@ class TrainingStream(IterableDataset):
             found += islice(kept, share)
         return found
 
-    def _check_share(self, skipped: list[str]) -> None:
-        read, unreadable = self.state["read"], self.state["unreadable"]
-        if read and unreadable == read:
-            raise ValueError(f"none of the {read} pictures read so far can be decoded; the last: {skipped[-1]}")
-        if reason := too_many_unreadable(read, unreadable, self.max_unreadable):
-            raise ValueError(reason + (f"; the last: {skipped[-1]}" if skipped else ""))
-
-
-def too_many_unreadable(read: int, unreadable: int, allowed: float) -> str | None:
-    """A sentence where more than the allowed share of the pictures was unreadable; None where it was not."""
-    if unreadable <= allowed * read:
-        return None
-    return (
-        f"{unreadable} of {read} pictures cannot be decoded, more than the share of {allowed} that --max_unreadable "
-        "allows"
-    )
+    def _check_any(self, skipped: list[str]) -> None:
+        """The run judges the share of unreadable pictures of all slots; a slot without any other hands out nothing."""
+        if self.state["read"] and self.state["unreadable"] == self.state["read"]:
+            raise ValueError(
+                f"none of the {self.state['read']} pictures read so far can be decoded; the last: {skipped[-1]}"
+            )
 
 
 def _name(cell: Any, shard: int, row: int) -> str:

@@ -25,6 +25,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -65,6 +66,7 @@ from .checkpoints import check_same, checkpoints, first_problem, load_checkpoint
 from .data import filter_of, normaliser
 from .folding import fold_batch_norms
 from .identity import (
+    agreed,
     check_complete,
     check_identity,
     is_small,
@@ -79,16 +81,18 @@ from .report import (
     attempt,
     clear,
     coverage,
+    describe,
     draw_curves,
     machine,
+    read_log,
     time_left,
     write,
     write_record,
     write_values,
 )
-from .stream import STREAM_FORMAT, TrainingStream, make_loader, too_many_unreadable
+from .stream import STREAM_FORMAT, TrainingStream, make_loader
 from .validation import HeldOut, collapse, draw_samples, intervals, summary, validate
-from .watch import LossWatch
+from .watch import ENOUGH, LossWatch, too_many_unreadable
 
 _EXPECTED: tuple[type[Exception], ...] = (*DATA_ERRORS, FloatingPointError)  # told in one line
 _HOPELESS = 50  # steps in a row whose loss is no number, after which fp16 will not recover
@@ -182,41 +186,10 @@ def make_schedule(arguments: Arguments, optimizer: torch.optim.Optimizer) -> tor
     )
 
 
-class MovingAverage(nn.Module):
-    """Exponential moving average of the head's weights and statistics; early on it forgets faster."""
-
-    updates: torch.Tensor
-
-    def __init__(self, head: nn.Module, decay: float):
-        super().__init__()
-        self.decay = decay
-        self.head = copy.deepcopy(head)
-        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
-
-    @torch.no_grad()
-    def update(self, head: nn.Module) -> None:
-        self.updates.add_(1)
-        updates = int(self.updates)
-        share = 1 - min(self.decay, (1 + updates) / (10 + updates))
-        for average, value in zip(self.head.state_dict().values(), head.state_dict().values(), strict=True):
-            if average.is_floating_point():
-                average.lerp_(value, share)
-            else:
-                average.copy_(value)
-
-
-def follow_step(
-    accelerator: Accelerator,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    average: MovingAverage | None,
-    head: nn.Module,
-) -> None:
-    """Schedule and moving average follow the optimiser's step, except one that the scaler of fp16 passed over."""
-    if accelerator.optimizer_step_was_skipped:
-        return
-    schedule.step()
-    if average is not None:
-        average.update(head)
+def follow_step(accelerator: Accelerator, schedule: torch.optim.lr_scheduler.LRScheduler) -> None:
+    """The schedule follows the optimiser's step, except one that the scaler of fp16 passed over."""
+    if not accelerator.optimizer_step_was_skipped:
+        schedule.step()
 
 
 @torch.no_grad()
@@ -294,9 +267,19 @@ def parse(argv: list[str] | None = None) -> Arguments:
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     check(arguments)
+    try:
+        return train(arguments)
+    except BaseException as error:
+        # The frames hold the loader. Its workers pass over a first SIGTERM, and so this process would wait for them.
+        traceback.clear_frames(error.__traceback__)
+        raise
+
+
+def train(arguments: Arguments) -> int:
+    """The run, from the classifier to the saved explainer; its exit status."""
     output = Path(arguments.output)
     if arguments.resume and (output / "explainer" / "training.json").exists():
-        check_complete(output, arguments)
+        check_complete(output, arguments, int(os.environ.get("WORLD_SIZE", "1")))
         print(f"{output / 'explainer'} is complete; there is nothing to resume")
         return 0
     output.mkdir(parents=True, exist_ok=True)
@@ -314,6 +297,8 @@ def main(argv: list[str] | None = None) -> int:
     leads, ranks = accelerator.is_main_process, accelerator.num_processes
     if leads:
         hold_alone(output)
+    if arguments.mixed_precision == "fp16" and accelerator.scaler is None:
+        raise ValueError("--mixed_precision fp16 exists on GPUs only; give bf16, or no")
     if arguments.sync_batch_norm and accelerator.device.type != "cuda":
         raise ValueError("--sync_batch_norm exists on GPUs only; drop it, running statistics are averaged when saving")
     if arguments.report_to != "none" and importlib.util.find_spec(arguments.report_to) is None:
@@ -328,7 +313,7 @@ def main(argv: list[str] | None = None) -> int:
     best_head = output / "best.safetensors"
     if newest:
         progress |= json.loads((newest / "progress.json").read_text())
-        check_same(progress["arguments"], run)
+        check_same(progress["arguments"], run, progress["identity"])
         progress["arguments"] = run
         if advice := version_advice(progress["versions"], versions()):
             accelerator.print(f"warning: {advice}", file=sys.stderr)
@@ -370,7 +355,9 @@ def main(argv: list[str] | None = None) -> int:
     fill = None if arguments.fill == "blur" else model.fill(arguments.fill)
 
     # The stream: the steps are fixed and the stream is endless, so that no process ever waits for another's data.
-    progress["revision"] = progress["revision"] or pinned(arguments.dataset, arguments.revision)
+    progress["revision"] = progress["revision"] or agreed(
+        accelerator, lambda: pinned(arguments.dataset, arguments.revision)
+    )
     dataset = open_stream(arguments.dataset, arguments.split, progress["revision"], arguments.streaming)
     stream = TrainingStream(
         dataset,
@@ -382,7 +369,6 @@ def main(argv: list[str] | None = None) -> int:
         rank=accelerator.process_index,
         ranks=ranks,
         holdout=arguments.holdout,
-        max_unreadable=arguments.max_unreadable,
         resample=filter_of(model.image_processor),
     )
     identity = {
@@ -392,15 +378,16 @@ def main(argv: list[str] | None = None) -> int:
         "shards of the dataset": dataset.num_shards,
         "validation": local_digest(arguments.validation, arguments.validation_split),
     }
-    earlier = {"order of the pictures": 1, **progress["identity"]} if newest else {}
-    check_identity(earlier, identity)
+    check_identity(progress["identity"], identity)
     progress["identity"] = identity
     loader = make_loader(stream, arguments.batch_size, arguments.workers, accelerator.device.type == "cuda")
     held_out = None
     if arguments.validation:
-        known = progress["validation_revision"] or (
-            progress["revision"] if arguments.validation == arguments.dataset else pinned(arguments.validation, None)
-        )
+        name, known = arguments.validation, progress["validation_revision"]
+        if known is None and name == arguments.dataset:
+            known = progress["revision"]
+        elif known is None:
+            known = agreed(accelerator, lambda: pinned(name, None))
         progress["validation_revision"] = known
         other = open_stream(arguments.validation, arguments.validation_split, known)
         column = image_column(other, arguments.image_column)
@@ -418,12 +405,8 @@ def main(argv: list[str] | None = None) -> int:
     schedule = make_schedule(arguments, optimizer)
     head, optimizer = accelerator.prepare(plain_head, optimizer)
     accelerator.register_for_checkpointing(schedule)
-    average = MovingAverage(plain_head, arguments.ema) if arguments.ema is not None else None
-    if average is not None:
-        accelerator.register_for_checkpointing(average)
-    modules = [plain_head] if average is None else [plain_head, average]
     if newest:
-        loader.load_state_dict(load_checkpoint(accelerator, newest, modules))
+        loader.load_state_dict(load_checkpoint(accelerator, newest, plain_head))
         if leads and (newest / best_head.name).exists():  # a later one may have been measured before the kill
             with whole(best_head) as part:
                 shutil.copyfile(newest / best_head.name, part)
@@ -453,7 +436,7 @@ def main(argv: list[str] | None = None) -> int:
     def validation(held_out: HeldOut) -> dict[str, torch.Tensor]:
         """Measure the head as it would be saved now, draw the samples, and keep it where it is the best so far."""
         try:
-            model.head = finished(average.head if average else plain_head, accelerator)
+            model.head = finished(plain_head, accelerator)
             values = validate(model, held_out, accelerator, arguments.batch_size)
             if leads:
 
@@ -499,14 +482,17 @@ def main(argv: list[str] | None = None) -> int:
     bar = tqdm(initial=progress["step"], total=arguments.steps, unit="step", disable=None if leads else True)
     batches = iter(loader)
     began, first, waited, flushed_at = time.perf_counter(), progress["step"], 0.0, time.perf_counter()
-    recent: list[float] = []  # mask areas
-    watch = LossWatch(_HOPELESS if arguments.mixed_precision == "fp16" else 1)
+    recent = [line["mask_area"] for line in read_log(log.path)][-50:]
+    watch = LossWatch(1 if accelerator.scaler is None else _HOPELESS)
 
     def flush() -> None:
         """Write the pending figures, stop at a loss that is no number, warn of a collapse."""
         nonlocal waited, flushed_at
         if not pending:
             return
+        progress["unreadable"] = unreadable_everywhere()
+        if progress["step"] * pictures >= ENOUGH and progress["step"] < arguments.steps:  # the end waits for its save
+            refuse_unreadable()
         figures = torch.stack([row for _, row in pending]).tolist()
         seconds = max(time.perf_counter() - flushed_at, 1e-9)
         speed = {
@@ -524,7 +510,7 @@ def main(argv: list[str] | None = None) -> int:
         progress["last"] = lines[-1]
         watch.see(lines)
         advice = collapse(sum(recent) / len(recent)) if len(recent) == 50 else None
-        if advice and not any(advice[:40] == earlier[:40] for earlier in progress["warnings"]):
+        if advice and not any(advice.partition(" (")[0] in earlier for earlier in progress["warnings"]):
             progress["warnings"].append(advice)
             accelerator.print(f"warning at step {progress['step']}: {advice}")
         line = dict(lines[-1], learning_rate=schedule.get_last_lr()[0])
@@ -540,6 +526,16 @@ def main(argv: list[str] | None = None) -> int:
     def unreadable_everywhere() -> int:
         """Pictures that all processes passed over since the run began, counted again in every epoch."""
         return int(accelerator.reduce(torch.tensor(unreadable_here, device=accelerator.device), "sum"))
+
+    def refuse_unreadable() -> None:
+        """Judge the share of unreadable pictures among all that were read."""
+        read = progress["step"] * pictures + progress["unreadable"]
+        if excess := too_many_unreadable(read, progress["unreadable"], arguments.max_unreadable):
+            accelerator.end_training()
+            raise ValueError(
+                f"{excess}; {output / 'unreadable_*.txt'} name them; the checkpoints stay: --resume with a larger "
+                "--max_unreadable goes on"
+            )
 
     def draw(micro_step: int) -> torch.Generator:
         """A random choice that depends on the place in the run alone, so that a resumed run makes the same."""
@@ -586,7 +582,7 @@ def main(argv: list[str] | None = None) -> int:
             unreadable_here += len(batch["unreadable"])
             if batch["unreadable"]:
                 append(output / f"unreadable_{accelerator.process_index}.txt", batch["unreadable"])
-        follow_step(accelerator, schedule, average, plain_head)
+        follow_step(accelerator, schedule)
 
         progress["step"] += 1
         pending.append((progress["step"], figures))
@@ -604,10 +600,11 @@ def main(argv: list[str] | None = None) -> int:
             flushed_at = time.perf_counter()
         if progress["step"] % arguments.save_every == 0 or last or stopped:
             flush()
-            progress["unreadable"] = unreadable_everywhere()
             so_far = {**progress, "seconds": progress["seconds"] + time.perf_counter() - began}
             best = best_head if progress["best"] else None
-            problem = save_checkpoint(accelerator, output, so_far, modules, loader.state_dict(), arguments.keep, best)
+            problem = save_checkpoint(
+                accelerator, output, so_far, plain_head, loader.state_dict(), arguments.keep, best
+            )
             if problem:
                 accelerator.print(f"warning: no checkpoint at step {progress['step']}: {problem}", file=sys.stderr)
             if leads:
@@ -622,17 +619,9 @@ def main(argv: list[str] | None = None) -> int:
         accelerator.end_training()
         return 130
 
-    # The stream judges as it goes, each worker by its own pictures; a short run is judged here.
-    read = progress["step"] * pictures + progress["unreadable"]
-    if excess := too_many_unreadable(read, progress["unreadable"], arguments.max_unreadable):
-        accelerator.end_training()
-        raise ValueError(
-            f"{excess}; {output / 'unreadable_*.txt'} name them; the checkpoints stay: --resume with a larger "
-            "--max_unreadable saves the explainer"
-        )
-
+    refuse_unreadable()
     # The results, under their names only when they are complete.
-    model.head = finished(average.head if average else plain_head, accelerator)
+    model.head = finished(plain_head, accelerator)
     model.backbone = backbone
     problem = None
     if leads:
@@ -641,40 +630,18 @@ def main(argv: list[str] | None = None) -> int:
             files = output.glob("unreadable_*.txt")
             unreadable = sorted({line for file in files for line in file.read_text().splitlines()})
             not_validated = held_out.unreadable if held_out else []
-            report: dict[str, Any] = {
-                "arguments": {**run, "output": None, "resume": None},
-                "machine": machine(accelerator),
-                "steps": progress["step"],
-                "pictures": progress["step"] * pictures,
-                "seconds": round(progress["seconds"], 1),
-                "last": progress["last"],
-                "coverage": coverage(plain_head.class_counts, model.config.id2label),
-                "unreadable": {"count": len(unreadable), "names": unreadable[:100]},
-                "unreadable_validation": {"count": len(not_validated), "names": not_validated[:100]},
-                "warnings": progress["warnings"],
-                "validations": progress["validations"],
-                "best": progress["best"],
-                "last_95": progress["last_95"],
-            }
-            given = report["arguments"]
-            local = [n for n in ("backbone", "dataset", "validation") if given[n] and os.path.exists(given[n])]
-            for name in local:
-                given[name] = Path(given[name]).name  # nobody else's business
+            found = coverage(plain_head.class_counts, model.config.id2label)
+            report, record = describe(
+                progress, progress["step"] * pictures, found, unreadable, not_validated, machine(accelerator)
+            )
             draw_curves(output, progress["validations"])
             write(output / "report.json", json.dumps(report, indent=2) + "\n")
-            # The explainers may be published; the names of somebody's files and folders stay here.
-            record = {**report, "arguments": dict(report["arguments"])}
-            for name in ("unreadable", "unreadable_validation"):
-                record[name] = {"count": report[name]["count"]}
-            for name in local:
-                record["arguments"][name] = "a local folder"
             model.save_pretrained(output / "explainer")
             if progress["best"] is not None:
                 model.head.load_state_dict(load_file(best_head))
                 model.save_pretrained(output / "best")
                 write_record(output / "best", record)
             write_record(output / "explainer", record)
-            found = report["coverage"]
             untrained = found["classes"] - found["explained"]
             print(
                 f"explained {found['explained']} of {found['classes']} classes"
@@ -682,7 +649,10 @@ def main(argv: list[str] | None = None) -> int:
             )
             if unreadable or not_validated:
                 also = f" in training and {len(not_validated)} for validation" if not_validated else ""
-                print(f"{len(unreadable)} unreadable pictures were passed over{also}; report.json lists them")
+                print(
+                    f"{len(unreadable)} unreadable pictures were passed over{also}; report.json lists the first 100, "
+                    "unreadable_*.txt all"
+                )
             print(f"saved the explainer in {output / 'explainer'}; see {output / 'curves.png'}")
         except (OSError, SafetensorError) as error:
             reason = full_disk(error, output / "explainer") or error

@@ -67,7 +67,8 @@ class HeldOut:
 def validate(
     model: TTameModel, held_out: HeldOut, accelerator: Accelerator, batch_size: int
 ) -> dict[str, torch.Tensor]:
-    """Per picture: "AD soft 100" ... "IC binary 15" in percent, "mask area" in [0, 1]; in every process the same.
+    """Per picture: "AD soft 100" ... "IC binary 15" in percent, "mask area" in [0, 1]; in every process the same,
+    in the order of the pictures.
 
     The map is the explainer's own (`scale_maps`); "mask area" is the mean of the sigmoid, which the loss sees.
     """
@@ -94,7 +95,11 @@ def validate(
         everyone = [None] * accelerator.num_processes
         torch.distributed.all_gather_object(everyone, parts)
     joined = [part for process in everyone for part in process]
-    return {name: torch.cat([part[name] for part in joined]) for name in joined[0]}
+    found = {name: torch.cat([part[name] for part in joined]) for name in joined[0]}
+    if (ranks := accelerator.num_processes) > 1:  # they were dealt in turn
+        place = torch.cat([torch.arange(rank, len(held_out), ranks) for rank in range(ranks)]).argsort()
+        found = {name: column[place] for name, column in found.items()}
+    return found
 
 
 def summary(values: dict[str, torch.Tensor]) -> dict[str, float]:

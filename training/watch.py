@@ -1,4 +1,4 @@
-"""A loss that is no number ends the run, before its weights are saved or hours are lost."""
+"""What ends a run before hours are lost: a loss that is no number, and too many pictures that cannot be read."""
 
 import math
 from collections.abc import Sequence
@@ -34,3 +34,17 @@ class LossWatch:
                 f"{found} and was no number for {self.patience} steps running; lower --learning_rate, or use "
                 "--mixed_precision bf16"
             )
+
+
+ENOUGH = 100
+"""Pictures after which the share of unreadable ones says something."""
+
+
+def too_many_unreadable(read: int, unreadable: int, allowed: float) -> str | None:
+    """A sentence where more than the allowed share of the pictures was unreadable; None where it was not."""
+    if unreadable <= allowed * read:
+        return None
+    return (
+        f"{unreadable} of {read} pictures cannot be decoded, more than the share of {allowed} that --max_unreadable "
+        "allows"
+    )

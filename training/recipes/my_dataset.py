@@ -20,7 +20,8 @@ you decide.
 
 Hardware: a laptop. Expected time: 300 steps of 16 views take about four times as long as classifying 4,800 pictures,
 and the validations come on top. Measured: 500 photographs (of Imagenette's training part) and EfficientNet-Lite0, 14
-minutes on one thread, beside other jobs that took half of its time. Figures depend on your data.
+minutes on one thread, beside other jobs that took half of its time; figures of it in training/LOG.md. Yours depend on
+your data.
 """
 
 import json
