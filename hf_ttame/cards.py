@@ -303,7 +303,8 @@ def _cost(training: Any) -> str:
     seconds, machine = (training or {}).get("seconds"), (training or {}).get("machine")
     if not isinstance(seconds, (int, float)) or number(seconds) == NOT_MEASURED:
         return NOT_MEASURED
-    return f"{seconds / 60:.0f} minutes (machine: {_listed(machine) if isinstance(machine, dict) else NOT_RECORDED})"
+    time = f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
+    return f"{time} (machine: {_listed(machine) if isinstance(machine, dict) else NOT_RECORDED})"
 
 
 def _listed(facts: Mapping[str, Any]) -> str:

@@ -60,7 +60,7 @@ def test_grey_training_to_the_end(server: Any, parquet: Path, tmp_path: Path) ->
     assert sum(counts) == len(runs.DAMAGED)
     assert all("cannot be read" in name for name in report["unreadable_validation"]["names"])
     assert record["unreadable_validation"] == {"count": counts[1]}
-    assert f"{counts[0]} unreadable pictures were passed over in training and {counts[1]} for validation" in text
+    assert f"unreadable pictures were passed over: {counts[0]} in training and {counts[1]} for validation" in text
 
 
 def child_that_cannot_draw(*arguments: Any) -> None:

@@ -286,6 +286,7 @@ def test_an_interrupted_run_saves_first(server: Any, backbone: str, parquet: Pat
     run.wait_for_step(5)
     run.send(signal.SIGINT)
     text = run.wait(130)
+    assert text.count("stopping after this step, or the next where it validates; a second Ctrl-C stops at once") == 1
     assert "continue with --resume" in text
     assert "Traceback" not in text
     (checkpoint,) = (tmp_path / "stopped").glob("checkpoint-*")
@@ -359,6 +360,10 @@ def test_a_full_disk_leaves_the_last_checkpoint(server: Any, backbone: str, parq
     assert [file.name for file in (tmp_path / "full").glob(".*")] == [".lock"], "nothing half-written stays"
     Run(server, [*full, "--resume"]).wait()
     assert_same(tmp_path / "whole", tmp_path / "full")
+    first = arguments(backbone, parquet, tmp_path / "first", *more)
+    text = Run(server, first, largest_file=6000).wait(1)
+    assert "not one checkpoint can be saved, so a kill would lose the run: " in text
+    assert len((tmp_path / "first" / "log.jsonl").read_text().splitlines()) == 5, "and not after all 20 steps"
 
 
 def test_checkpoints_hold_the_head_alone_and_are_pruned(
@@ -647,17 +652,19 @@ def test_a_short_run_is_judged_by_all_it_read(server: Any, backbone: str, folder
         file.write_bytes(file.read_bytes()[:200])
     output = tmp_path / "run"
     argv = arguments(backbone, tmp_path / "data", output, "--steps", "1", "--workers", "0")
+    argv += ["--max_unreadable", "0.05"]  # as many as of 100: five
     text = Run(server, argv).wait(1)
-    found = re.search(r"(\d+) of (\d+) pictures cannot be decoded, more than the share of 0\.2 that", text)
+    found = re.search(r"(\d+) of the (\d+) pictures read so far cannot be decoded, more than the share of 0\.05", text)
     assert found, text
     unreadable, read = map(int, found.groups())
     assert read == 8 + unreadable < 24
+    assert unreadable > 5
     assert len((output / "unreadable_0.txt").read_text().splitlines()) == unreadable
     assert (output / "checkpoint-00000001").exists()
     assert not (output / "explainer").exists()
-    again = Run(server, [*argv, "--resume", "--max_unreadable", str((unreadable - 0.5) / read)]).wait(1)
+    again = Run(server, [*argv, "--resume", "--max_unreadable", str((unreadable - 0.5) / 100)]).wait(1)
     assert found[0].split(",")[0] in again, "the count is kept"
-    Run(server, [*argv, "--resume", "--max_unreadable", str(unreadable / read)]).wait()
+    Run(server, [*argv, "--resume", "--max_unreadable", str(unreadable / 100)]).wait()
     assert json.loads((output / "report.json").read_text())["unreadable"]["count"] == unreadable
 
 
@@ -672,7 +679,8 @@ def test_an_error_in_a_worker_is_one_line(backbone: str, parquet: Path, tmp_path
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert re.fullmatch(
-        r"training: \d+ of \d+ pictures cannot be decoded, more than the share of 0\.01 that --max_unreadable allows; "
+        r"training: \d+ of the \d+ pictures read so far cannot be decoded, more than the share of 0\.01 that "
+        r"--max_unreadable allows; "
         r".*unreadable_\*\.txt name them; .*",
         done.stderr.splitlines()[-1],
     )

@@ -21,7 +21,7 @@ def train_here(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ended]:
     from training import train
 
     monkeypatch.setattr(train, "keep_freed_memory", lambda: None)  # it would hold for the whole process
-    monkeypatch.setattr(train.StopRequest, "__init__", lambda self: setattr(self, "asked", False))
+    monkeypatch.setattr(train.StopRequest, "__init__", lambda self, says: setattr(self, "asked", False))
 
     def run(script: Path, arguments: Sequence[str], options: Sequence[str] = ()) -> Ended:
         assert script.samefile(train.__file__)

@@ -92,7 +92,7 @@ from .report import (
 )
 from .stream import STREAM_FORMAT, TrainingStream, make_loader
 from .validation import HeldOut, collapse, draw_samples, intervals, summary, validate
-from .watch import ENOUGH, LossWatch, too_many_unreadable
+from .watch import LossWatch, too_many_unreadable
 
 _EXPECTED: tuple[type[Exception], ...] = (*DATA_ERRORS, FloatingPointError)  # told in one line
 _HOPELESS = 50  # steps in a row whose loss is no number, after which fp16 will not recover
@@ -228,7 +228,7 @@ def hold_alone(output: Path) -> None:
         import fcntl
     except ModuleNotFoundError:
         return
-    descriptor = os.open(output / ".lock", os.O_RDWR | os.O_CREAT)  # stays open
+    descriptor = os.open(output / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # stays open
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -240,16 +240,23 @@ def hold_alone(output: Path) -> None:
 
 
 class StopRequest:
-    """Remembers Ctrl-C and SIGTERM until a step is complete; a second Ctrl-C acts at once."""
+    """Remembers Ctrl-C and SIGTERM until a step is complete; a second Ctrl-C acts at once.
 
-    def __init__(self) -> None:
+    says: tell on stderr that it was heard.
+    """
+
+    def __init__(self, says: bool = False) -> None:
         self.asked = False
+        self.says = says
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._ask)
 
     def _ask(self, number: int, _: Any) -> None:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if self.says and not self.asked:
+            words = b"\nstopping after this step, or the next where it validates; a second Ctrl-C stops at once\n"
+            os.write(2, words)  # print is not for signal handlers
         self.asked = True
 
 
@@ -425,6 +432,8 @@ def train(arguments: Arguments) -> int:
     if arguments.report_to != "none":
         accelerator.init_trackers("hf-ttame", {name: str(value) for name, value in run.items()})
 
+    paused = 0.0  # seconds of validation, which no step takes
+
     def track(figures: dict[str, float], step: int) -> None:
         attempt(f"--report_to {arguments.report_to}", lambda: accelerator.log(figures, step=step))
 
@@ -435,6 +444,9 @@ def train(arguments: Arguments) -> int:
 
     def validation(held_out: HeldOut) -> dict[str, torch.Tensor]:
         """Measure the head as it would be saved now, draw the samples, and keep it where it is the best so far."""
+        nonlocal paused
+        since = time.perf_counter()
+        accelerator.print(f"validating on {len(held_out)} pictures", flush=True)
         try:
             model.head = finished(plain_head, accelerator)
             values = validate(model, held_out, accelerator, arguments.batch_size)
@@ -457,11 +469,12 @@ def train(arguments: Arguments) -> int:
             + ", ".join(f"{name} {found[name]:.3g}" for name in names)
         )
         track({f"validation/{name}": value for name, value in found.items() if name != "step"}, progress["step"])
+        paused += time.perf_counter() - since
         return values
 
     kept = f"; {len(held_out)} pictures for validation" if held_out is not None else ""
     accelerator.print(f"training on {', '.join(layer.name for layer in model.layers)}{kept}", flush=True)
-    stop = StopRequest()
+    stop = StopRequest(leads)
     stopped = False
 
     def gather(targets: torch.Tensor) -> torch.Tensor:
@@ -491,7 +504,7 @@ def train(arguments: Arguments) -> int:
         if not pending:
             return
         progress["unreadable"] = unreadable_everywhere()
-        if progress["step"] * pictures >= ENOUGH and progress["step"] < arguments.steps:  # the end waits for its save
+        if progress["step"] < arguments.steps:  # the end waits for its save
             refuse_unreadable()
         figures = torch.stack([row for _, row in pending]).tolist()
         seconds = max(time.perf_counter() - flushed_at, 1e-9)
@@ -517,7 +530,7 @@ def train(arguments: Arguments) -> int:
         track(line, line.pop("step"))
         bar.set_postfix({name: f"{lines[-1][name]:.3g}" for name in names})
         if bar.disable and leads:
-            left = time_left(began, progress["step"] - first, arguments.steps - progress["step"])
+            left = time_left(began + paused, progress["step"] - first, arguments.steps - progress["step"])
             print(f"step {progress['step']}/{arguments.steps} loss {lines[-1]['total']:.4g} {left}", flush=True)
         waited, flushed_at = 0.0, time.perf_counter()
 
@@ -605,6 +618,8 @@ def train(arguments: Arguments) -> int:
             problem = save_checkpoint(
                 accelerator, output, so_far, plain_head, loader.state_dict(), arguments.keep, best
             )
+            if problem and not checkpoints(output):
+                raise OSError(f"not one checkpoint can be saved, so a kill would lose the run: {problem}; run again")
             if problem:
                 accelerator.print(f"warning: no checkpoint at step {progress['step']}: {problem}", file=sys.stderr)
             if leads:
@@ -650,7 +665,7 @@ def train(arguments: Arguments) -> int:
             if unreadable or not_validated:
                 also = f" in training and {len(not_validated)} for validation" if not_validated else ""
                 print(
-                    f"{len(unreadable)} unreadable pictures were passed over{also}; report.json lists the first 100, "
+                    f"unreadable pictures were passed over: {len(unreadable)}{also}; report.json lists the first 100, "
                     "unreadable_*.txt all"
                 )
             print(f"saved the explainer in {output / 'explainer'}; see {output / 'curves.png'}")

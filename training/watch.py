@@ -36,15 +36,17 @@ class LossWatch:
             )
 
 
-ENOUGH = 100
-"""Pictures after which the share of unreadable ones says something."""
+_ENOUGH = 100  # pictures that are allowed their share, however few were read: one damaged file of 17 says nothing
 
 
 def too_many_unreadable(read: int, unreadable: int, allowed: float) -> str | None:
-    """A sentence where more than the allowed share of the pictures was unreadable; None where it was not."""
-    if unreadable <= allowed * read:
+    """A sentence where more than the allowed share of the pictures was unreadable; None where it was not.
+
+    A picture counts whenever it is read; of fewer than 100 as many may be unreadable as of 100.
+    """
+    if unreadable <= allowed * max(read, _ENOUGH):
         return None
     return (
-        f"{unreadable} of {read} pictures cannot be decoded, more than the share of {allowed} that --max_unreadable "
-        "allows"
+        f"{unreadable} of the {read} pictures read so far cannot be decoded, more than the share of {allowed} that "
+        "--max_unreadable allows"
     )
