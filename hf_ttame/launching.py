@@ -46,9 +46,8 @@ def run_training(script: str | Path, arguments: Sequence[str], options: Sequence
         children = psutil.Process().children()
         if not children:
             raise _Stop
-        if number == signal.SIGTERM:  # Ctrl-C reaches the children by itself; twice would end them at once
-            for child in children:
-                child.send_signal(number)
+        for child in children:  # not SIGINT: a terminal's Ctrl-C reaches them by itself, and twice ends them at once
+            child.terminate()
 
     path = os.environ.get("PYTHONPATH")
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}

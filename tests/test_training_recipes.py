@@ -130,8 +130,9 @@ def test_my_dataset_compares_fills(
         with pytest.raises(SystemExit, match="drop --fill"):
             recipe("my_dataset", vit_folder, twelve_pictures, tmp_path / "runs", "--compare-fills", fill, run=run)
     recipe("my_dataset", vit_folder, twelve_pictures, tmp_path / "runs", "--compare-fills", *TINY, run=run)
-    *_, header, names, black, mean, blur = capsys.readouterr().out.splitlines()
-    assert "judged with black pixels in every row" in header
+    *_, header, few, names, black, mean, blur = capsys.readouterr().out.splitlines()
+    assert "on 4 held-out pictures, judged with black pixels in every row" in header
+    assert "differences of several points mean nothing" in few
     assert names.split()[:3] == ["fill", "mask", "area"]
     for fill, line in zip(("black", "mean", "blur"), (black, mean, blur), strict=True):
         report = json.loads((tmp_path / "runs" / fill / "report.json").read_text())
@@ -177,6 +178,7 @@ def test_a_wrong_path_is_one_line(
         (signal.SIGTERM, True),
         pytest.param(signal.SIGTERM, False, marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, True, marks=pytest.mark.slow),
+        (signal.SIGINT, False),
     ],
 )
 def test_a_stopped_recipe_leaves_a_checkpoint_and_nothing_running(

@@ -48,9 +48,13 @@ def main() -> None:
         return
     for fill in FILLS:
         train(*where, "--output", f"{output}/{fill}", *COMMAND, "--fill", fill, "--resume", further=further)
+    count = len(json.loads(Path(output, FILLS[0], "validation.json").read_text())["mask area"])
     print(
-        "AD and IC judged with black pixels in every row; with mean, blur and ROAD: `ttame evaluate --metrics sanity`"
+        f"AD and IC on {count} held-out pictures, judged with black pixels in every row; with mean, blur and ROAD: "
+        "`ttame evaluate --metrics sanity`"
     )
+    if count < 100:
+        print("on so few pictures differences of several points mean nothing: look at samples.png, or hold out more")
     print(f"{'fill':8s}" + "".join(f"{name:>14s}" for name in SHOWN))
     for fill in FILLS:
         last = json.loads(Path(output, fill, "report.json").read_text())["validations"][-1]
