@@ -332,14 +332,14 @@ def test_groups_that_were_not_measured_are_named(folder, tmp_path):
 def test_the_shipped_explainer_can_be_published_with_its_card(tmp_path):
     """As its card is written, under a Hub id, and with its reports."""
     target = Path(shutil.copytree(ASSET, tmp_path / "x"))
-    names = {"report.json", "card.json", "training.json"}
+    names = {"report.json", "report_imagenet_samples.json", "card.json", "training.json"}
     for name in (names - {"training.json"}) | {"README.md"}:
         shutil.copy(CARDS / "efficientnet_lite0" / name, target)
     write_card(target, "org/ttame-lite0")
     sent = files_to_push(target, "model")[0]
     assert names <= {file.name for file in sent}
     check_contents(target, sent)
-    assert (target / "README.md").read_text().count("ttame (this explainer)") == 2  # tables
+    assert (target / "README.md").read_text().count("ttame (this explainer)") == 4  # two tables per report
 
 
 def test_further_reports(folder, tmp_path):
