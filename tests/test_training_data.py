@@ -118,7 +118,9 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
 def test_image_column_is_found_or_named(twelve: datasets.Dataset) -> None:
     dataset = twelve.to_iterable_dataset()
     assert image_column(dataset) == "image"
-    assert image_column(dataset, "label") == "label"
+    assert image_column(dataset, "image") == "image"
+    with pytest.raises(ValueError, match="the column 'label' holds int64, not pictures; the columns: image, label"):
+        image_column(dataset, "label")
     assert image_column(datasets.Dataset.from_dict({"img": ["a.png"], "b": [1]}).to_iterable_dataset()) == "img"
     with pytest.raises(ValueError, match="its columns: image, label"):
         image_column(dataset, "photo")
@@ -132,8 +134,16 @@ def test_decode_takes_every_kind_of_cell(tmp_path: Path) -> None:
     cells = (encoded(9), {"bytes": encoded(9), "path": None}, {"bytes": None, "path": path}, path, picture(9))
     for cell in cells:
         assert decode(cell).getpixel((3, 3)) == (9, 246, 63)
-    for cell in ({"bytes": b"no picture", "path": None}, encoded(9)[:60], str(tmp_path / "absent.png"), None):
-        with pytest.raises(ValueError, match=r"cannot be read|empty"):
+    nothing = (
+        {"bytes": b"no picture", "path": None},
+        encoded(9)[:60],
+        str(tmp_path / "absent.png"),
+        None,
+        3,
+        {"a": 1},
+    )
+    for cell in nothing:
+        with pytest.raises(ValueError, match=r"cannot be read|empty|holds no picture"):
             decode(cell)
 
 
