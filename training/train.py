@@ -618,7 +618,7 @@ def train(arguments: Arguments) -> int:
             problem = save_checkpoint(
                 accelerator, output, so_far, plain_head, loader.state_dict(), arguments.keep, best
             )
-            if problem and not checkpoints(output):
+            if problem and not last and not checkpoints(output):  # at the end the explainer may still fit
                 raise OSError(f"not one checkpoint can be saved, so a kill would lose the run: {problem}; run again")
             if problem:
                 accelerator.print(f"warning: no checkpoint at step {progress['step']}: {problem}", file=sys.stderr)
@@ -635,6 +635,7 @@ def train(arguments: Arguments) -> int:
         return 130
 
     refuse_unreadable()
+
     # The results, under their names only when they are complete.
     model.head = finished(plain_head, accelerator)
     model.backbone = backbone
