@@ -52,13 +52,14 @@ from PIL import Image
 from hf_ttame import TTameModel
 from hf_ttame.losses import ttame_loss
 from hf_ttame.masking import apply_mask, resize_maps
+from hf_ttame.memory import keep_freed_memory
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `training` is the package, not this file
 from hf_ttame.pictures import decode, image_column, open_stream, undecoded
 from training.data import augment
 from training.folding import fold_batch_norms
 from training.stream import TrainingStream, collate, make_loader
-from training.train import keep_freed_memory, masking_losses
+from training.train import masking_losses
 
 BATCHES = {"vit_base_patch16_224": 4, "vgg16": 4, "resnet50": 8, "tf_efficientnet_lite0": 16}
 DEFAULT_BATCH = 8

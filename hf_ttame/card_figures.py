@@ -32,27 +32,34 @@ def normalised(report: Any, measured_on: str | None = None) -> dict[str, Any] | 
     intervals {measure: {"mean", "low", "high"}} and the cost."""
     if not isinstance(report, dict) or not isinstance(report.get("methods"), dict):
         return None
-    methods: dict[str, dict[str, Any]] = {}
-    intervals: dict[str, dict[str, Any]] = {}
-    for name, entry in report["methods"].items():
-        measures = entry.get("measures") or {}
-        methods[name] = {m: v.get("mean") for m, v in measures.items()}
-        intervals[name] = {m: v for m, v in measures.items() if "low" in v and "high" in v}
+    entries = report["methods"].items()
+    intervals = {
+        name: {m: v for m, v in (entry.get("measures") or {}).items() if "low" in v and "high" in v}
+        for name, entry in entries
+    }
     data = str(report.get("data") or NOT_RECORDED)
     shown = data if data == NOT_RECORDED or is_hub_id(data.partition(" ")[0]) else "a local folder"
     return {
         "images": report.get("images"),
         "dataset": measured_on or shown,
-        "methods": methods,
+        **_means_and_counts(report["methods"], "measures"),
         "intervals": intervals,
-        "counts": {
-            name: {m: v["n"] for m, v in (entry.get("measures") or {}).items() if isinstance(v.get("n"), int)}
-            for name, entry in report["methods"].items()
-        },
+        "common": _means_and_counts(report["methods"], "measures_common"),
         "differences": report.get("differences") or {},
         "cost": {name: entry for name, entry in report["methods"].items() if "ms_per_map" in entry},
         "environment": report.get("environment") or {},
         "sanity": report.get("sanity") or {},
+    }
+
+
+def _means_and_counts(methods: Mapping[str, Any], key: str) -> dict[str, dict[str, dict[str, Any]]]:
+    tables = {name: entry.get(key) or {} for name, entry in methods.items()}
+    return {
+        "methods": {name: {m: v.get("mean") for m, v in table.items()} for name, table in tables.items()},
+        "counts": {
+            name: {m: v["n"] for m, v in table.items() if isinstance(v.get("n"), int)}
+            for name, table in tables.items()
+        },
     }
 
 
@@ -100,7 +107,8 @@ def figures(own: Mapping[str, Any], report: Any, further: Sequence[Any] = ()) ->
                 lines.append(f"- {escape(name)}: {value}")
                 continue
             passed = "passed" if check.get("passed") is True else "**not passed**"
-            lines.append(f"- {escape(name)}: {value}, must be {must}: {passed}")
+            note = f" ({escape(check['note'])})" if check.get("note") else ""
+            lines.append(f"- {escape(name)}: {value}, must be {must}: {passed}{note}")
     if missing := _missing(report):
         lines += ["", _not_measured(missing)]
     for other in further:
@@ -111,11 +119,23 @@ def figures(own: Mapping[str, Any], report: Any, further: Sequence[Any] = ()) ->
 
 
 def _confidence(report: Mapping[str, Any]) -> list[str]:
-    """The table of average drop and increase in confidence."""
+    """The table of average drop and increase in confidence; where methods saw different images, a second one of those
+    that all of them saw."""
     lines = [
         f"{_count(report['images'])} photographs of {escape(report['dataset'])}, the predicted class, AD / IC; "
         "rows with a smaller n were measured on the first ones alone:",
         "",
+        *_confidence_table(report),
+    ]
+    counts = {table["AD soft 100"] for table in report["counts"].values() if "AD soft 100" in table}
+    if len(counts) > 1 and report["common"]["counts"].get(OWN):
+        lines += ["", "The same, on the photographs that every method explained:", ""]
+        lines += _confidence_table({**report, **report["common"]})
+    return lines
+
+
+def _confidence_table(report: Mapping[str, Any]) -> list[str]:
+    lines = [
         "| map | n | mean mask | " + " | ".join(_MASKS) + " |",
         "|---|---|" + "---|" * (len(_MASKS) + 1),
     ]

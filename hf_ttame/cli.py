@@ -327,7 +327,8 @@ _SANITY_IMAGES = typer.Option(help="Sanity: images to check on.")
 _SANITY_STEPS = typer.Option(help="Sanity: steps of the head that is retrained.")
 _REVISION = typer.Option(help="Branch, tag or commit of a Hub dataset.")
 _SHEET = typer.Option(help="Whether to draw contact_sheet.jpg: it shows six of the photographs.")
-_BOXES = typer.Option(help="Column of a box [left, top, right, bottom] in pixels of the picture.")
+_BOXES = typer.Option(help="Column of a box [left, top, right, bottom] in pixels of the picture, or of several.")
+_MASKS = typer.Option(help="The same from a column of pictures: inside where a pixel is not 0.")
 
 
 @app.command()
@@ -349,10 +350,11 @@ def evaluate(
     revision: Annotated[str | None, _REVISION] = None,
     where: Annotated[str | None, _WHERE] = None,
     box_column: Annotated[str | None, _BOXES] = None,
+    mask_column: Annotated[str | None, _MASKS] = None,
     image_column: Annotated[str | None, typer.Option(help="Column of the pictures; found if not given.")] = None,
     backbone: Annotated[str | None, _BACKBONE] = None,
     judge: Annotated[str | None, _JUDGE] = None,
-    sanity_images: Annotated[int, _SANITY_IMAGES] = 64,
+    sanity_images: Annotated[int, _SANITY_IMAGES] = 100,
     sanity_steps: Annotated[int, _SANITY_STEPS] = 100,
     contact_sheet: Annotated[bool, _SHEET] = True,
     batch_size: Annotated[int, typer.Option(help="Images per batch.")] = 16,
@@ -362,8 +364,9 @@ def evaluate(
     """Measure one explainer: faithfulness, localisation, sanity. Writes a report with intervals and plots."""
     plan = {
         **{"dataset": dataset, "split": split, "limit": limit, "curve_limit": curve_limit, "mosaics": mosaics},
-        **{"where": where, "box_column": box_column, "image_column": image_column, "revision": revision},
-        **{"batch_size": batch_size, "precision": precision, "seed": seed, "methods": ("ttame",)},
+        **{"where": where, "box_column": box_column, "mask_column": mask_column, "image_column": image_column},
+        **{"revision": revision, "batch_size": batch_size, "precision": precision, "seed": seed},
+        "methods": ("ttame",),
     }
     checks = {"images": sanity_images, "steps": sanity_steps, "judge": judge}
     _measure(model, backbone, metrics, plan, output, checks, contact_sheet)
@@ -393,14 +396,16 @@ def compare(
         int | None, typer.Option(help="2 x 2 mosaics for grid pointing, at most. Default: --limit, 100 at most.")
     ] = None,
     slow_mosaics: Annotated[int, typer.Option(help="The same for methods with dozens of passes per map.")] = 0,
+    slow_adcc: Annotated[int, typer.Option(help="The first so many for ADCC of those methods: a second map.")] = 0,
     rise_masks: Annotated[int, typer.Option(help="Masks of RISE: its passes per map.")] = 4000,
     revision: Annotated[str | None, _REVISION] = None,
     where: Annotated[str | None, _WHERE] = None,
     box_column: Annotated[str | None, _BOXES] = None,
+    mask_column: Annotated[str | None, _MASKS] = None,
     image_column: Annotated[str | None, typer.Option(help="Column of the pictures; found if not given.")] = None,
     backbone: Annotated[str | None, _BACKBONE] = None,
     judge: Annotated[str | None, _JUDGE] = None,
-    sanity_images: Annotated[int, _SANITY_IMAGES] = 64,
+    sanity_images: Annotated[int, _SANITY_IMAGES] = 100,
     sanity_steps: Annotated[int, _SANITY_STEPS] = 100,
     contact_sheet: Annotated[bool, _SHEET] = True,
     batch_size: Annotated[int, typer.Option(help="Images per batch; at least 32 masked copies per pass.")] = 16,
@@ -413,9 +418,9 @@ def compare(
 
     plan = {
         **{"dataset": dataset, "split": split, "limit": limit, "slow_limit": slow_limit, "curve_limit": curve_limit},
-        **{"mosaics": mosaics, "slow_mosaics": slow_mosaics, "where": where, "box_column": box_column},
-        **{"image_column": image_column, "batch_size": batch_size, "precision": precision, "seed": seed},
-        "revision": revision,
+        **{"mosaics": mosaics, "slow_mosaics": slow_mosaics, "slow_adcc": slow_adcc, "where": where},
+        **{"box_column": box_column, "mask_column": mask_column, "image_column": image_column, "revision": revision},
+        **{"batch_size": batch_size, "precision": precision, "seed": seed},
         "methods": tuple(methods.replace(" ", "").split(",")),
         "settings": MethodSettings(rise_masks=rise_masks, batch_size=max(32, batch_size), seed=seed),
     }
@@ -510,7 +515,9 @@ def _measure(
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
-    from .evaluation import METRICS, Plan, compare
+    from .evaluation import compare
+    from .evaluation_plan import METRICS, Plan
+    from .memory import keep_freed_memory
     from .paths import check_path
 
     groups = list(dict.fromkeys(metrics.replace(" ", "").strip(",").split(",")))
@@ -520,15 +527,18 @@ def _measure(
     made = Plan(**plan, metrics=measured)
     if checks["judge"]:
         check_path(checks["judge"], "judge")
+    keep_freed_memory()
     # Processes wait for one another: for the one that makes the sanity checks, and for the one that is slowest.
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))])
     explainer = _load(model, backbone)
-    sanity = None
-    if "sanity" in groups and accelerator.is_main_process:
-        from .sanity_checks import run_checks
 
-        output.mkdir(parents=True, exist_ok=True)
-        sanity = run_checks(explainer.to(accelerator.device), made, say=typer.echo, folder=output, **checks)
+    def sanity() -> dict[str, Any]:
+        from .sanity_checks import kept_checks, run_checks
+
+        if "sanity" in groups:
+            return run_checks(explainer, made, say=typer.echo, folder=output, **checks)
+        return kept_checks(explainer, made, output)
+
     try:
         report = compare(explainer, made, output, accelerator=accelerator, sanity=sanity, contact_sheet=contact_sheet)
     except KeyboardInterrupt:

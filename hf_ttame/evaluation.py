@@ -12,27 +12,25 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from .baselines import TRIVIAL, Cost, MapBank, Method, MethodSettings, expand_names, make_method
+from .baselines import TRIVIAL, Cost, Method, expand_names, make_method
 from .dataset_input import dataset_commit, local_digest
+from .evaluation_images import Batch, Images, Scan, channels_last, scan
+from .evaluation_plan import Plan
 from .evaluation_rows import Key, Store
-from .image_processing import preprocess
 from .latency import measure_latency
 from .masking import apply_mask, min_max, resize_maps
 from .metrics import (
-    Accumulator,
     adcc,
     area,
-    class_probability,
     coherency,
     confidence_curves,
     energy_inside,
@@ -45,265 +43,24 @@ from .metrics import (
 )
 from .metrics.confidence import drops, increases
 from .metrics.insertion_deletion import STARTS, empty_image
-from .metrics.localization import MOSAIC_CONFIDENCE, TILES, box_region, fit, half_size, mosaic
+from .metrics.localization import TILES, fit, mosaic
 from .modeling_ttame import TTameModel
 from .passes import PassBar, passes_of
-from .paths import check_outside, check_path
-from .pictures import decode, image_column, open_stream, parse_where, rows
-from .precision import PRECISIONS, passes_in
-from .records import head_fingerprint
+from .paths import check_outside
+from .precision import passes_in
+from .records import head_fingerprint, map_facts
+from .regions import boxes_of, read_mask, region_of_boxes, region_of_mask
 from .reporting import environment, write_report
 from .saving import lock_settings
 
-METRICS = ("confidence", "adcc", "road", "insertion-deletion", "mosaic")
 SHEET_IMAGES = 6
 SHEET_SIDE = 56
 _PART_SECONDS = 15  # of images that are measured, and then kept, together
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What to measure on what.
-
-    Args:
-        dataset, split, revision, image_column: see `pictures.open_stream`.
-        where: "column%N==R", only those rows.
-        box_column: column of a box [left, top, right, bottom] in pixels of the picture, for pointing game and energy.
-        methods: names, see `baselines.ALL`; "all" is allowed. The explainer and the trivial maps are always there.
-        metrics: of METRICS; entropy, area and the mean mask value come with "confidence".
-        limit: images; None: all. Of a growing run the first ones stay the same.
-        slow_limit: the first so many images for methods with many passes per map (perturbation, integrated gradients).
-        curve_limit: the first so many images for ROAD, insertion and deletion.
-        mosaics: at most so many 2 x 2 mosaics, four maps each; None: as many as images, 100 at most.
-        slow_mosaics: the same for methods with many passes per map, which also are not asked for ADCC.
-        mosaic_confidence: images below are not used in mosaics.
-        batch_size: images per batch.
-        precision: of the passes, "float32", "bfloat16" or "float16", see `precision.passes_in`.
-        seed: of everything random.
-        settings: numbers of the methods.
-    """
-
-    dataset: str
-    split: str = "validation"
-    revision: str | None = None
-    image_column: str | None = None
-    where: str | None = None
-    box_column: str | None = None
-    methods: tuple[str, ...] = ("all",)
-    metrics: tuple[str, ...] = METRICS
-    limit: int | None = None
-    slow_limit: int = 100
-    curve_limit: int = 100
-    mosaics: int | None = None
-    slow_mosaics: int = 0
-    mosaic_confidence: float = MOSAIC_CONFIDENCE
-    batch_size: int = 16
-    precision: str = "float32"
-    seed: int = 0
-    settings: MethodSettings = field(default_factory=MethodSettings)
-
-    def __post_init__(self) -> None:
-        unknown = set(self.metrics) - set(METRICS)
-        if unknown or not self.metrics:
-            raise ValueError(f"metrics must be of {', '.join(METRICS)}, got {', '.join(self.metrics) or 'none'}")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit must be at least 1, got {self.limit}")
-        for name in ("slow_limit", "curve_limit", "mosaics", "slow_mosaics"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
-        parse_where(self.where)
-        check_path(self.dataset, "dataset", "dataset")
-
-    @property
-    def most_mosaics(self) -> int:
-        """`mosaics`, or what stands in for None."""
-        return min(100, self.limit or 100) if self.mosaics is None else self.mosaics
-
-    def fixed(self) -> dict[str, Any]:
-        """What must not change between the parts of one resumed run; methods, metrics and limits may grow."""
-        record = asdict(self)
-        for name in (
-            "revision",
-            "methods",
-            "metrics",
-            "limit",
-            "slow_limit",
-            "curve_limit",
-            "mosaics",
-            "slow_mosaics",
-            "batch_size",
-        ):
-            record.pop(name)
-        record["settings"] = self.settings.to_dict()
-        record["dataset"] = Path(self.dataset).name if os.path.exists(self.dataset) else self.dataset
-        return record
-
-
 def is_slow(method: Method) -> bool:
     """Whether a map costs dozens of passes or more."""
     return method.kind == "perturbation" or method.name == "integrated-gradients"
-
-
-# ---- the stream ---------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Batch:
-    """Images at positions `indices` (B,) of the selected rows; `boxes` as in the dataset, with the pictures' sizes."""
-
-    indices: torch.Tensor
-    pixel_values: torch.Tensor
-    boxes: list[Any]
-    sizes: list[tuple[int, int]]
-
-
-class Images:
-    """Batches of the plan's images. Every process reads the stream and decodes only the batches that are its own."""
-
-    def __init__(self, plan: Plan, model: TTameModel, rank: int = 0, world: int = 1):
-        self.plan, self.model, self.rank, self.world = plan, model, rank, world
-        self.dataset = open_stream(plan.dataset, plan.split, plan.revision)
-        self.column = image_column(self.dataset, plan.image_column)
-        self.rows = 0  # that the last reading went over, readable or not, of all processes
-
-    def batches(self, limit: int | None, wanted: set[int] | None = None, size: int | None = None) -> Iterator[Batch]:
-        """Batches of this process among the first `limit` images; a batch without a wanted index is not decoded.
-
-        size: of a batch; None: the plan's.
-        """
-        size = size or self.plan.batch_size
-        cells: list[tuple[int, dict[str, Any]]] = []
-        number = 0
-        for index, row in enumerate(rows(self.dataset, self.column, self.plan.where)):
-            if limit is not None and index >= limit:
-                break
-            self.rows = index + 1
-            cells.append((index, row))
-            if len(cells) == size:
-                yield from self._own(number, cells, wanted)
-                cells, number = [], number + 1
-        if cells:
-            yield from self._own(number, cells, wanted)
-
-    def _own(self, number: int, cells: list[tuple[int, dict[str, Any]]], wanted: set[int] | None) -> Iterator[Batch]:
-        if number % self.world != self.rank or (wanted is not None and not wanted & {index for index, _ in cells}):
-            return
-        indices, pictures, boxes = [], [], []
-        for index, row in cells:
-            try:
-                pictures.append(decode(row[self.column]))
-            except ValueError:
-                continue  # it has no row in the report, which says how many there were
-            indices.append(index)
-            boxes.append(row[self.plan.box_column] if self.plan.box_column else None)
-        if pictures:
-            pixel_values = preprocess(self.model.image_processor, pictures).to(self.model.device)
-            sizes = [picture.size for picture in pictures]
-            yield Batch(torch.tensor(indices), _fast(pixel_values), boxes, sizes)
-
-
-def _fast(pixel_values: torch.Tensor) -> torch.Tensor:
-    return pixel_values.contiguous(memory_format=torch.channels_last)
-
-
-# ---- the scan -----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Scan:
-    """Of n readable images: `indices` (n,) in the dataset, `targets` (n,) predicted classes, `p` (n,) their
-    probability, `maps` (n, h, w) of the explainer; `tiles` (m, C, H // 2, W // 2) of the confident images `tile_rows`
-    (m,). `unreadable`: how many more there were."""
-
-    indices: torch.Tensor
-    targets: torch.Tensor
-    p: torch.Tensor
-    maps: torch.Tensor
-    tiles: torch.Tensor
-    tile_rows: torch.Tensor
-    unreadable: int = 0
-
-    def bank(self) -> MapBank:
-        """The maps by position in the dataset; unreadable pictures leave class -1, of which no map is lent."""
-        size = int(self.indices.max()) + 1
-        maps, targets = torch.zeros(size, *self.maps.shape[1:]), torch.full((size,), -1)
-        maps[self.indices], targets[self.indices] = self.maps.float(), self.targets
-        return MapBank(maps, targets)
-
-    def mosaics(self, count: int) -> list[list[int]]:
-        """Up to `count` groups of four rows of `tiles` with four different classes, each row used once."""
-        return group_by_four(self.targets[self.tile_rows].tolist(), count)
-
-
-def group_by_four(classes: Sequence[int], count: int) -> list[list[int]]:
-    """Up to `count` groups of four positions in `classes` with four different ones, each position used once.
-
-    A group takes the first that fit: it stays the same, whatever comes later and however many are asked for.
-    """
-    left = list(range(len(classes)))
-    groups: list[list[int]] = []
-    while len(groups) < count:
-        group: list[int] = []
-        seen: set[int] = set()
-        for row in left:
-            if classes[row] not in seen:
-                group.append(row)
-                seen.add(classes[row])
-            if len(group) == TILES:
-                break
-        if len(group) < TILES:
-            return groups
-        groups.append(group)
-        left = [row for row in left if row not in group]
-    return groups
-
-
-@torch.no_grad()
-def scan(model: TTameModel, images: Images, plan: Plan, bar: Any = None) -> Scan:
-    """Classify and explain every image once; the same result on every process among which `images` are shared."""
-    size = (model.config.image_size[0], model.config.image_size[1])
-    found = Accumulator()
-    # Twice what the mosaics need, for four different classes each.
-    room = 8 * max(plan.most_mosaics, plan.slow_mosaics)
-    tiles = 0
-    for batch in images.batches(plan.limit):
-        output = model(batch.pixel_values)
-        targets = output.class_ids[:, 0]
-        p = class_probability(output.logits, targets, model.config.classifier_outputs)
-        maps = model.scale_maps(output.map_logits[:, 0].float())
-        found.add(batch.indices.tolist(), {"target": targets, "p": p})
-        for row, index in enumerate(batch.indices.tolist()):
-            found.rows[index]["map"] = maps[row].half().cpu().numpy()
-            if p[row] >= plan.mosaic_confidence and tiles < room:
-                tile = half_size(batch.pixel_values[row : row + 1].float().contiguous(), size)[0]
-                found.rows[index]["tile"] = tile.half().cpu().numpy()
-                tiles += 1
-        if bar is not None:
-            bar.update(len(targets))
-    everywhere = found.gather() if images.world > 1 else found  # the sanity checks scan on one process of several
-    if len(everywhere) < 2:
-        raise ValueError(f"at least 2 readable images are needed, got {len(everywhere)} of {plan.dataset!r}")
-    keys = sorted(everywhere.rows)
-    entries = [everywhere.rows[key] for key in keys]
-    confident = [row for row, entry in enumerate(entries) if "tile" in entry][:room]  # of all processes, the first
-    return Scan(
-        indices=torch.tensor(keys),
-        targets=torch.tensor([entry["target"] for entry in entries]),
-        p=torch.tensor([entry["p"] for entry in entries]),
-        maps=torch.from_numpy(np.stack([entry["map"] for entry in entries])),
-        tiles=torch.from_numpy(np.stack([entries[row]["tile"] for row in confident]).astype(np.float32))
-        if confident
-        else torch.zeros(0, 1, 1, 1),
-        tile_rows=torch.tensor(confident, dtype=torch.long),
-        unreadable=images.rows - len(keys),
-    )
-
-
-# ---- measuring ----------------------------------------------------------------------------------------------------
 
 
 def measure_batch(
@@ -332,12 +89,12 @@ def measure_batch(
                 found[f"AD {name}"] = drops(p, confidence)
                 found[f"IC {name}"] = increases(p, confidence)
             found["entropy"], found["area"] = entropy(shown), area(shown)
-            if plan.box_column:
-                found |= _inside_boxes(model, batch, shown)
+            if plan.box_column or plan.mask_column:
+                found |= _inside_regions(model, batch, shown, plan)
             coarse = F.interpolate(shown[:, None], size=(SHEET_SIDE, SHEET_SIDE), mode="area")[:, 0]
             found["_sheet"] = (255 * coarse).round().to(torch.uint8).flatten(1)
         if "adcc" in groups:
-            masked_images = _fast(apply_mask(x, shown, black))
+            masked_images = channels_last(apply_mask(x, shown, black))
             again = explain(masked_images, targets).detach().float()
             again = min_max(resize_maps(again, (size[0], size[1])))
             drop = drops(p, judge(masked_images, targets).confidence) / 100
@@ -353,23 +110,28 @@ def measure_batch(
     return found
 
 
-def _inside_boxes(model: TTameModel, batch: Batch, shown: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Pointing game and energy in the dataset's boxes, moved into the classifier's input; NaN where none is in it."""
-    found = {
-        "pointing game": torch.full((len(shown),), math.nan),
-        "energy in box": torch.full((len(shown),), math.nan),
-    }
-    for row, (box, size) in enumerate(zip(batch.boxes, batch.sizes, strict=True)):
-        if box is None or len(box) != 4:
+def _inside_regions(model: TTameModel, batch: Batch, shown: torch.Tensor, plan: Plan) -> dict[str, torch.Tensor]:
+    """Pointing game and energy in the dataset's boxes or masks, moved into the classifier's input; NaN where nothing
+    of them is in it. "bad marks": boxes that are none and masks that cannot be read, per image."""
+    count, size = len(shown), (shown.shape[-2], shown.shape[-1])
+    found = {name: torch.full((count,), math.nan) for name in ("pointing game", "energy in box")}
+    found["bad marks"] = torch.zeros(count)
+    for row, (cell, picture) in enumerate(zip(batch.marks, batch.sizes, strict=True)):
+        if cell is None:
             continue
-        place = model._placement(size)
-        # Pixel i of the input is centred at step * i + start in the picture, counted from the centre of its first.
-        left, right = (((edge - 0.5) - place.x_start) / place.x_step + 0.5 for edge in (box[0], box[2]))
-        top, bottom = (((edge - 0.5) - place.y_start) / place.y_step + 0.5 for edge in (box[1], box[3]))
-        region = box_region((left, top, right, bottom), (shown.shape[-2], shown.shape[-1]))[None].to(shown.device)
-        if region.any():
-            found["pointing game"][row] = 100 * pointing_game(shown[row : row + 1], region).item()
-            found["energy in box"][row] = 100 * energy_inside(shown[row : row + 1], region).item()
+        placement = model._placement(picture)
+        if plan.box_column:
+            boxes, bad = boxes_of(cell)
+            region, found["bad marks"][row] = region_of_boxes(boxes, placement, size), bad
+        else:
+            try:
+                region = region_of_mask(read_mask(cell), placement, picture, size)
+            except ValueError:
+                region, found["bad marks"][row] = None, 1
+        if region is not None:
+            inside = region[None].to(shown.device)
+            found["pointing game"][row] = 100 * pointing_game(shown[row : row + 1], inside).item()
+            found["energy in box"][row] = 100 * energy_inside(shown[row : row + 1], inside).item()
     return found
 
 
@@ -379,7 +141,7 @@ def measure_mosaic(model: TTameModel, method: Method, number: int, group: list[i
     image = fit(mosaic(scanned.tiles[group].to(model.device)), size)
     targets = scanned.targets[scanned.tile_rows[group]].to(model.device)
     explain = method.at(-(torch.arange(TILES) + 1 + TILES * number))  # no image of the dataset
-    maps = explain(_fast(image.expand(TILES, -1, -1, -1)), targets).detach().float()
+    maps = explain(channels_last(image.expand(TILES, -1, -1, -1)), targets).detach().float()
     shares = grid_pointing(resize_maps(maps, size), torch.arange(TILES, device=maps.device))
     return {"grid pointing": 100 * shares.mean()[None].cpu()}
 
@@ -391,7 +153,7 @@ def compare(
     *,
     accelerator: Any = None,
     progress: bool = True,
-    sanity: dict[str, Any] | None = None,
+    sanity: Callable[[], dict[str, Any]] | None = None,
     contact_sheet: bool = True,
 ) -> dict[str, Any]:
     """Measure every method of the plan and write the report into `output`; an interrupted run continues.
@@ -402,7 +164,8 @@ def compare(
         output: folder for per_image.parquet, report.json, report.md, plots and the contact sheet.
         accelerator: of Accelerate, where several processes share the work.
         progress: draw a bar with the time left.
-        sanity: results of `sanity_checks.run_checks`, for the report.
+        sanity: gives the sanity checks for the report (`sanity_checks.run_checks` or `kept_checks`); called by the
+            main process, once the folder is known to belong to this run.
         contact_sheet: draw it; it shows six of the photographs.
 
     Returns:
@@ -429,6 +192,7 @@ def compare(
     if accelerator:
         accelerator.wait_for_everyone()
     lock_settings(output, record, main)
+    checks = sanity() if sanity is not None and main else None
 
     hidden = not (main and progress)
     began = time.monotonic()
@@ -442,10 +206,19 @@ def compare(
     bank = scanned.bank()
     methods = [make_method(name, model, plan.settings, bank) for name in names]
     head = head_fingerprint(model.head.state_dict())
-    store = Store(output, f"{head[:12]}-{model.config.map_scaling}", rank, len(scanned.indices))
+    of_the_maps = hashlib.sha256(map_facts(model.config).encode()).hexdigest()[:8]
+    surroundings = environment(model.device, plan.precision)
+    store = Store(
+        output,
+        f"{head[:12]}-{of_the_maps}",
+        rank,
+        len(scanned.indices),
+        {method.name: method.layer for method in methods if method.layer and method.name != "ttame"},
+        ", ".join(f"{name} {number}" for name, number in surroundings["versions"].items()),
+    )
     if accelerator:
         accelerator.wait_for_everyone()
-    sheet = sheet_images(scanned, plan)
+    sheet = sheet_images(scanned, plan.slow_limit if any(map(is_slow, methods)) else None)
     targets = dict(zip(scanned.indices.tolist(), scanned.targets.tolist(), strict=True))
 
     # Every (image, method) with the groups of measures that are still to be taken.
@@ -457,7 +230,7 @@ def compare(
             groups = [group for group in plan.metrics if group != "mosaic"]
             if index >= plan.curve_limit:
                 groups = [group for group in groups if group not in ("road", "insertion-deletion")]
-            if is_slow(method):
+            if is_slow(method) and index >= plan.slow_adcc:
                 groups = [group for group in groups if group != "adcc"]
             groups = [group for group in groups if not store.done(("image", index, method.name), group)]
             if groups:
@@ -509,10 +282,18 @@ def compare(
         "unreadable": scanned.unreadable,
         "mosaics": len(groups_of_four),
         "settings": {**record, "dataset": data, "methods": list(plan.methods), "metrics": list(plan.metrics)},
-        "limits": {"slow": plan.slow_limit, "curves": plan.curve_limit, "slow mosaics": plan.slow_mosaics},
-        "environment": environment(model.device, plan.precision),
+        "limits": {
+            "slow": plan.slow_limit,
+            "curves": plan.curve_limit,
+            "slow mosaics": plan.slow_mosaics,
+            "slow ADCC": plan.slow_adcc,
+        },
+        "environment": surroundings,
     }
     kept = {key: row for key, row in everything.items() if key[2] in names}
+    facts["measured_with"] = sorted({row.get("versions", "not recorded") for row in kept.values()})
+    if plan.box_column or plan.mask_column:
+        facts["bad_marks"] = int(sum(row.get("bad marks", 0) for key, row in kept.items() if key[2] == "ttame"))
     measured = {name for _, _, name in kept}
     with passes_in(model, plan.precision), tqdm(desc="latency", unit="method", disable=hidden) as latency_bar:
         latency = measure_latency(
@@ -525,7 +306,7 @@ def compare(
             lambda name: latency_bar.set_postfix_str(name) or latency_bar.update(),
         )
     shown = sheet_pictures(model, plan, sheet) if contact_sheet else {}
-    return write_report(output, kept, methods, facts, shown, sanity, latency)
+    return write_report(output, kept, methods, facts, shown, checks, latency)
 
 
 def _identity(plan: Plan, output: Path) -> str | None:
@@ -556,7 +337,7 @@ def _first_pictures(images: Images, targets: dict[int, int]) -> list[tuple[int, 
     """The first pictures, one by one, with their place and class: what is timed."""
     for batch in images.batches(max(targets) + 1):
         return [
-            (index, _fast(batch.pixel_values[row : row + 1]), targets[index])
+            (index, channels_last(batch.pixel_values[row : row + 1]), targets[index])
             for row, index in enumerate(batch.indices.tolist())
         ]
     return []
@@ -604,8 +385,8 @@ def _measure_into(
             left.append((groups, wanted[room:]))
         part = Batch(
             batch.indices[found_rows],
-            _fast(batch.pixel_values[found_rows]),
-            [batch.boxes[row] for row in found_rows],
+            channels_last(batch.pixel_values[found_rows]),
+            [batch.marks[row] for row in found_rows],
             [batch.sizes[row] for row in found_rows],
         )
         ids = torch.tensor([targets[index] for index in part.indices.tolist()], device=model.device)
@@ -620,10 +401,10 @@ def _measure_into(
                     store.add([("image", index, method.name)], {"sheet map": maps[row : row + 1]})
 
 
-def sheet_images(scanned: Scan, plan: Plan) -> dict[int, int]:
+def sheet_images(scanned: Scan, limit: int | None) -> dict[int, int]:
     """Positions of the images of the contact sheet, with their classes: the first of each class, up to six, among
-    those that every method explains."""
-    within = [index for index in scanned.indices.tolist() if index < max(plan.slow_limit, 1)]
+    the first `limit` (None: all), those that every method explains."""
+    within = [index for index in scanned.indices.tolist() if limit is None or index < max(limit, 1)]
     found: dict[int, int] = {}
     by_index = dict(zip(scanned.indices.tolist(), scanned.targets.tolist(), strict=True))
     for new_class in (True, False):

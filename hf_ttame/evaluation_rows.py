@@ -4,12 +4,15 @@
     FOLDER/per_image.parquet          all rows
     FOLDER/per_image-HEAD.parquet     rows of other heads that were measured in this folder before
 
-Rows of methods that show the classifier alone hold for any head: who trains a new one measures only its own rows.
+Rows of methods that show the classifier alone hold for any head: who trains a new one measures only its own rows. Each
+names the versions of the packages that it was measured with, and its layer where the method reads one: "gradcam" of
+another layer is another method.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,6 +23,7 @@ from .metrics import Accumulator
 
 Key = tuple[str, int, str]
 """(table "image" or "mosaic", index, method)."""
+Rows = dict[Key, dict[str, Any]]
 
 _FLUSH_SECONDS = 30
 _ALL_ROWS = "per_image.parquet"
@@ -42,21 +46,34 @@ class Store:
         head: fingerprint of the explainer's head; its rows carry it, those of other heads are kept and not used.
         rank: of this process.
         images: how many the run has: maps borrowed from other images are others where there are more.
+        layers: of the methods that read one, their layer; rows of another are measured anew.
+        versions: of the packages that measure, one line.
     """
 
-    def __init__(self, folder: Path, head: str, rank: int = 0, images: int = 0):
+    def __init__(
+        self,
+        folder: Path,
+        head: str,
+        rank: int = 0,
+        images: int = 0,
+        layers: Mapping[str, str] = MappingProxyType({}),
+        versions: str = "",
+    ):
         self.folder, self.head, self.rank, self.images = folder, head, rank, images
-        self.earlier: dict[Key, dict[str, Any]] = {}
-        self._others: dict[str, dict[Key, dict[str, Any]]] = {}
+        self.layers, self.versions = layers, versions
+        self.earlier: Rows = {}
+        self._others: dict[str, Rows] = {}
         for file in sorted([*folder.glob("per_image*.parquet"), *folder.glob("part-*.parquet")]):
             for key, row in read_rows(file).items():
                 if row.get("images", images) != images:
                     continue  # borrowed from fewer or more
+                if "layer" in row and row["layer"] != layers.get(key[2], row["layer"]):
+                    continue
                 other = row.get("head", head)
                 rows = self.earlier if other == head else self._others.setdefault(other, {})
                 rows.setdefault(key, {}).update(row)
         self.new = Accumulator()
-        self._unwritten: dict[Key, dict[str, Any]] = {}
+        self._unwritten: Rows = {}
         self._written_at = time.monotonic()
 
     def __enter__(self) -> "Store":
@@ -75,6 +92,9 @@ class Store:
                 self.new.rows[key]["head"] = self.head
             if key[2] in _BORROWED:
                 self.new.rows[key]["images"] = self.images
+            if key[2] in self.layers:
+                self.new.rows[key]["layer"] = self.layers[key[2]]
+            self.new.rows[key]["versions"] = self.versions
             self._unwritten[key] = self.new.rows[key]
         if time.monotonic() - self._written_at > _FLUSH_SECONDS:
             self.flush()
@@ -84,7 +104,7 @@ class Store:
             write_rows(self.folder / f"part-{self.rank:04d}-{time.time_ns()}.parquet", self._unwritten)
         self._unwritten, self._written_at = {}, time.monotonic()
 
-    def finish(self, main: bool) -> dict[Key, dict[str, Any]]:
+    def finish(self, main: bool) -> Rows:
         """All rows of this head, earlier and new, of all processes; the main one writes them to per_image.parquet."""
         self.flush()
         everything = {key: dict(row) for key, row in self.earlier.items()}
@@ -101,7 +121,7 @@ class Store:
         return everything
 
 
-def write_rows(path: Path, rows: dict[Key, dict[str, Any]]) -> None:
+def write_rows(path: Path, rows: Rows) -> None:
     """Rows as a parquet file of columns table, index, method and one per measure; never half a file."""
     import pyarrow
     import pyarrow.parquet
@@ -114,7 +134,7 @@ def write_rows(path: Path, rows: dict[Key, dict[str, Any]]) -> None:
         pyarrow.parquet.write_table(pyarrow.table(table), part)
 
 
-def read_rows(path: Path) -> dict[Key, dict[str, Any]]:
+def read_rows(path: Path) -> Rows:
     """What `write_rows` wrote, without empty cells."""
     import pyarrow
     import pyarrow.parquet

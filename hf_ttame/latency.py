@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from .baselines import Cost, Method
+from .masking import resize_maps
 from .modeling_ttame import TTameModel
 from .saving import write_whole
 
 FILE = "latency.json"
 ROUNDS = 12
-_ROUNDS_BY_PASSES = ((1000, 1), (10, 3))  # of methods with more passes per map than that
+_SLOW, _SLOW_ROUNDS = 10, 3  # methods with more passes per map than that are timed so often
 
 
 def measure_latency(
@@ -31,7 +32,7 @@ def measure_latency(
     head: str,
     step: Callable[[str], None] = lambda name: None,
 ) -> dict[str, dict[str, Any]]:
-    """Milliseconds per map of every method, and how many times the explainer's own.
+    """Milliseconds per map of every method, at the size of the picture, and how many times the explainer's own.
 
     Args:
         model: the explainer, its passes in the precision that is to be timed.
@@ -43,7 +44,8 @@ def measure_latency(
         step: told the name of each method before it is timed.
 
     Returns:
-        {method: {"ms_per_map": median, "times_ttame": median of the ratios, "rounds"}}.
+        {method: {"ms_per_map": median, "times_ttame": median of the ratios, "times_ttame_range": [least, largest],
+        "rounds"}}.
     """
     kept: dict[str, Any] = {"environment": environment, "head": head, "methods": {}}
     if (folder / FILE).exists():
@@ -56,14 +58,15 @@ def measure_latency(
         index, pixel_values, target = picture
         explain = method.at(torch.tensor([index]))
         with Cost(model.backbone) as cost:
-            explain(pixel_values, torch.tensor([target], device=pixel_values.device))
+            maps = explain(pixel_values, torch.tensor([target], device=pixel_values.device))
+            resize_maps(maps.detach().float(), (pixel_values.shape[-2], pixel_values.shape[-1]))
         return cost.seconds
 
     for method in methods:
         if method.name in kept["methods"]:
             continue
         step(method.name)
-        rounds = next((rounds for passes, rounds in _ROUNDS_BY_PASSES if method.passes > passes), ROUNDS)
+        rounds = _SLOW_ROUNDS if method.passes > _SLOW else ROUNDS
         if rounds == ROUNDS:
             seconds(method, pictures[0])  # the first call allocates
         seconds(ours, pictures[0])
@@ -72,9 +75,11 @@ def measure_latency(
             picture = pictures[number % len(pictures)]
             own = seconds(ours, picture)
             pairs.append((own, own if method is ours else seconds(method, picture)))
+        ratios = [time / own for own, time in pairs]
         kept["methods"][method.name] = {
             "ms_per_map": round(1000 * statistics.median(time for _, time in pairs), 2),
-            "times_ttame": round(statistics.median(time / own for own, time in pairs), 2),
+            "times_ttame": round(statistics.median(ratios), 2),
+            "times_ttame_range": [round(min(ratios), 2), round(max(ratios), 2)],
             "rounds": rounds,
         }
         write_whole(folder / FILE, json.dumps(kept, indent=2) + "\n")

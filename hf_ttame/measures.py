@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .metrics.bootstrap import FEWEST
 from .metrics.insertion_deletion import STARTS
 
 
@@ -42,11 +43,6 @@ PLACES = (
     Measure("area", "", 2),
 )
 MEASURES = (*FAITHFULNESS, *ORDERS, *PLACES)
-
-
-FEWEST = 20
-"""Pairs below which a bootstrap interval is too narrow to say anything: of two equal methods it calls one better in a
-tenth of the cases at 10 pairs, in half of them at 2."""
 
 
 def verdict(difference: dict[str, float] | None, better: str) -> str:

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from accelerate.utils import convert_outputs_to_fp32
 
 from .modeling_ttame import TTameModel
 
@@ -26,6 +25,8 @@ def passes_in(model: TTameModel, precision: str) -> Iterator[None]:
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    from accelerate.utils import convert_outputs_to_fp32
+
     modules = [] if precision == "float32" else [model.backbone, model.head]
     for module in modules:
         lower = torch.autocast(model.device.type, PRECISIONS[precision])(module.forward)
@@ -35,3 +36,14 @@ def passes_in(model: TTameModel, precision: str) -> Iterator[None]:
     finally:
         for module in modules:
             del module.forward  # the class's own is back
+
+
+@contextmanager
+def in_float32(model: TTameModel) -> Iterator[None]:
+    """Undo `passes_in` of the backbone while the block runs: for differences that lower precision would round away."""
+    lower = model.backbone.__dict__.pop("forward", None)
+    try:
+        yield
+    finally:
+        if lower is not None:
+            model.backbone.forward = lower

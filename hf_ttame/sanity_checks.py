@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from .answers import choose_targets
-from .backbones import Backbone, load_backbone
+from .answers import choose_targets, class_logits
+from .backbones import Backbone, load_backbone, outputs_of
 from .baselines import make_method
-from .evaluation import Images, Plan, Scan, group_by_four, scan
+from .evaluation_images import Images, Scan, group_by_four, scan
+from .evaluation_plan import Plan
 from .features import classify, logits_of, probe_noise
 from .head import TTameHead, start_as_classifier, unsaturate
 from .image_processing import measure_normalisation
@@ -45,10 +46,11 @@ from .metrics.sanity import (
     rank_correlation,
 )
 from .modeling_ttame import TTameModel
-from .records import head_fingerprint
+from .records import head_fingerprint, map_facts
 from .saving import write_whole
 
 EXPERIMENTS = 3  # goes up when a check changes: what sanity.json holds of an earlier one does not count
+FILE = "sanity.json"
 SHARES = (0.25, 0.5, 0.75, 1.0)
 DRAWS = 2  # random backbones per share, in (a)
 RETRAINED = 3  # random backbones in (b), each with a head of its own
@@ -420,9 +422,9 @@ def _gradcam(model: TTameModel, pixel_values: torch.Tensor, targets: torch.Tenso
 
 
 def held_out_fills(model: TTameModel, pixel_values: torch.Tensor, targets: torch.Tensor) -> Check:
-    """(e) Trained with one fill, judged with mean, blur and ROAD's noisy imputation: average drop against Grad-CAM's.
+    """(e) Trained with black, judged with mean, blur and ROAD's noisy imputation: average drop against Grad-CAM's.
 
-    Binary masks of half and of 15 percent of the pixels.
+    Binary masks of half and of 15 percent of the pixels. Black stands beside the others and is not judged.
     """
     judge = judge_by(model.classify, outputs=model.config.classifier_outputs)
     p = judge(pixel_values, targets).confidence
@@ -435,32 +437,33 @@ def held_out_fills(model: TTameModel, pixel_values: torch.Tensor, targets: torch
                 for maps in both
             )
             found[f"{fill} {100 * fraction:.0f}"] = ours - theirs
-    return check_not_worse(found, "average drop less Grad-CAM's")
+    return check_not_worse(found, "average drop less Grad-CAM's", shown_only=("black 50", "black 15"))
 
 
 def judge_of(model: TTameModel, other: Backbone) -> tuple[Judge, Callable[[torch.Tensor], torch.Tensor]]:
     """Another classifier that looks at pixel values of `model`: a judge, and its own predictions.
 
-    Pixels are brought back to [0, 1], resized to the other's input and normalised as it expects.
+    Its logits are read as its config says (`outputs_of`). Pixels are brought back to [0, 1], resized to the other's
+    input and normalised as it expects.
     """
     mine = [
         torch.tensor(v)[:, None, None].to(model.device) for v in (model.config.pixel_scale, model.config.pixel_shift)
     ]
     facts = measure_normalisation(other.processor)
     theirs = [torch.tensor(v)[:, None, None].to(model.device) for v in (facts.scale, facts.shift)]
-    classifier = other.model.eval().to(model.device)
+    classifier, outputs = other.model.eval().to(model.device), outputs_of(other.model.config)
 
     def logits(pixel_values: torch.Tensor) -> torch.Tensor:
         pixels = (pixel_values.float() - mine[1]) / mine[0]
         if tuple(pixels.shape[-2:]) != facts.size:
             pixels = nn.functional.interpolate(pixels, size=facts.size, mode="bilinear", antialias=True)
-        return classify(classifier, (pixels * theirs[0] + theirs[1]).float())
+        return class_logits(classify(classifier, (pixels * theirs[0] + theirs[1]).float()), outputs)
 
     @torch.no_grad()
     def predict(pixel_values: torch.Tensor) -> torch.Tensor:
         return torch.cat([logits(x).argmax(dim=1) for x in pixel_values.split(32)])
 
-    return judge_by(logits), predict
+    return judge_by(logits, outputs=outputs), predict
 
 
 def independent_judge(
@@ -510,11 +513,32 @@ def stability(model: TTameModel, pixel_values: torch.Tensor, targets: torch.Tens
 # ---- all of them --------------------------------------------------------------------------------------------------
 
 
+def _of_the_explainer(model: TTameModel, plan: Plan) -> dict[str, Any]:
+    """What a check is about: another explainer, dataset or form of the checks, and what is kept says nothing."""
+    return {
+        **plan.fixed(),
+        "experiments": EXPERIMENTS,
+        "head": head_fingerprint(model.head.state_dict()),
+        "maps": json.loads(map_facts(model.config)),
+    }
+
+
+def kept_checks(model: TTameModel, plan: Plan, folder: Path) -> dict[str, dict[str, Any]]:
+    """The checks of this explainer that an earlier run, of any size, made in the folder: its report keeps them."""
+    file = folder / FILE
+    if not file.exists():
+        return {}
+    kept = json.loads(file.read_text())
+    wanted = _of_the_explainer(model, plan)
+    same = {name: kept["settings"].get(name) for name in wanted} == wanted
+    return dict(kept["checks"]) if same else {}
+
+
 def run_checks(
     model: TTameModel,
     plan: Plan,
     *,
-    images: int = 64,
+    images: int = 100,
     steps: int = 100,
     judge: str | None = None,
     say: Callable[[str], None] = print,
@@ -538,17 +562,13 @@ def run_checks(
 
     plan = replace(plan, limit=images, mosaics=max(plan.most_mosaics, images // TILES))
     settings = {
-        **plan.fixed(),
-        "experiments": EXPERIMENTS,
+        **_of_the_explainer(model, plan),
         "images": images,
         "steps": steps,
         "judge": Path(judge).name if judge else None,
-        "backbone": model.config.backbone_fingerprint,
-        "head": head_fingerprint(model.head.state_dict()),
-        "map_scaling": model.config.map_scaling,
     }
     made: dict[str, dict[str, Any]] = {}
-    kept = folder / "sanity.json" if folder else None
+    kept = folder / FILE if folder else None
     if kept and kept.exists() and (earlier := json.loads(kept.read_text()))["settings"] == settings:
         made = earlier["checks"]
     source = Images(plan, model)
@@ -559,7 +579,10 @@ def run_checks(
     groups = scanned.mosaics(plan.most_mosaics)
     checks: list[tuple[str, Callable[[], Check]]] = [
         ("a: random layers, same head", lambda: cascading_randomisation(model, x, targets, plan.seed)),
-        ("b: head retrained on a random backbone", lambda: retrained_on_random(model, x, steps=steps)),
+        (
+            "b: head retrained on a random backbone",
+            lambda: retrained_on_random(model, x, steps=steps, seed=plan.seed),
+        ),
         ("c: class on mosaics", lambda: class_on_mosaics(model, scanned, groups)),
         ("c: second class", lambda: second_class(model, x)),
         ("d: planted watermark", lambda: watermark(seed=plan.seed)),
@@ -578,10 +601,11 @@ def run_checks(
             continue
         done = check()
         found[name] = done.to_dict()
-        if done.passed is None:
+        if not done.figures:  # not made: it is tried again
             say(f"{name}: {done.value}")
             continue
-        say(f"{name}: {done.value}; {done.must}: {'passed' if done.passed else 'FAILED'}")
+        outcome = {True: "passed", False: "FAILED", None: "not judged"}[done.passed]
+        say(f"{name}: {done.value}; {done.must}: {outcome}")
         made[name] = found[name]
         if kept:
             write_whole(kept, json.dumps({"settings": settings, "checks": made}, indent=2) + "\n")
@@ -593,6 +617,7 @@ __all__ = [
     "class_on_mosaics",
     "held_out_fills",
     "independent_judge",
+    "kept_checks",
     "retrained_on_random",
     "run_checks",
     "second_class",

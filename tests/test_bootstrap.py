@@ -57,12 +57,13 @@ def test_pairs_need_both_images() -> None:
 
 
 @given(st.lists(st.floats(-100, 100), min_size=1, max_size=12), st.floats(-10, 10))
-def test_shifting_values_shifts_the_interval(values: list[float], shift: float) -> None:
+def test_an_interval_lies_among_the_values_and_shifts_with_them(values: list[float], shift: float) -> None:
     plain = mean_interval(np.array(values), resamples=500)
     moved = mean_interval(np.array(values) + shift, resamples=500)
     assert np.allclose(np.array(moved[:3]) - np.array(plain[:3]), shift, atol=1e-9)
-    assert plain.low <= plain.mean + 1e-9
-    assert plain.mean <= plain.high + 1e-9 or len(set(values)) > 1
+    # Every resample's mean lies among the values; that the sample's own lies in the interval is not promised.
+    assert min(values) - 1e-9 <= plain.low <= plain.high + 1e-9
+    assert plain.high <= max(values) + 1e-9
 
 
 def test_accumulator_replaces_repeated_keys_and_keeps_their_order() -> None:

@@ -16,7 +16,8 @@ from huggingface_hub import ModelCard
 from hf_ttame import TTameModel
 from hf_ttame.card_text import without_secrets
 from hf_ttame.cards import GENERATED, code, escape, render_card, write_card
-from hf_ttame.evaluation import Plan, compare
+from hf_ttame.evaluation import compare
+from hf_ttame.evaluation_plan import Plan
 from hf_ttame.hub import check_contents, files_to_push, push_folder
 from hf_ttame.records import fingerprint_of_folder, head_fingerprint
 

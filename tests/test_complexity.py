@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_ttame.metrics import adcc, area, coherency, entropy
@@ -35,6 +35,16 @@ def test_area_by_hand() -> None:
     assert area(maps).tolist() == [0.5, 1.0]
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.floats(0, 1))
+def test_area_lies_in_0_1_and_ignores_flips(seed: int, threshold: float) -> None:
+    maps = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(seed))
+    found = area(maps, threshold)
+    assert ((found >= 0) & (found <= 1)).all()
+    for flipped in (maps.flip(-1), maps.flip(-2)):
+        assert torch.allclose(area(flipped, threshold), found)
+
+
 def test_coherency_by_hand() -> None:
     a = torch.tensor([[[0.0, 1.0], [2.0, 3.0]]])
     assert coherency(a, 5 * a + 1).item() == pytest.approx(1.0)
@@ -42,6 +52,19 @@ def test_coherency_by_hand() -> None:
     assert coherency(a, torch.ones_like(a)).item() == pytest.approx(0.5)
     # r of (0, 1, 2, 3) with (1, 0, 3, 2): centred products 3 of 5.
     assert coherency(a, torch.tensor([[[1.0, 0.0], [3.0, 2.0]]])).item() == pytest.approx((1 + 3 / 5) / 2)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.floats(0.1, 5), st.floats(-5, 5))
+def test_coherency_of_a_map_with_itself_is_1_both_ways_the_same_and_ignores_positive_affine_changes(
+    seed: int, scale: float, shift: float
+) -> None:
+    a, b = torch.rand(2, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
+    assert torch.allclose(coherency(a, a), torch.ones(3))
+    found = coherency(a, b)
+    assert torch.allclose(coherency(b, a), found)
+    assert torch.allclose(coherency(scale * a + shift, b), found, atol=1e-5)
+    assert torch.allclose(coherency(a, scale * b + shift), found, atol=1e-5)
 
 
 def test_adcc_by_hand() -> None:

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hf_ttame.masking import min_max
 from hf_ttame.metrics import average_drop, increase_in_confidence
@@ -16,6 +18,17 @@ def test_average_drop_and_increase_by_hand() -> None:
     assert drops(p, p_masked).tolist() == [50.0, 0.0, 0.0, 100.0]
     assert average_drop(p, p_masked) == pytest.approx(37.5)
     assert increase_in_confidence(p, p_masked) == pytest.approx(25.0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.floats(0.01, 1), st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=6))
+def test_more_confidence_on_the_masked_image_never_raises_the_drop_or_lowers_the_increase(
+    images: list[tuple[float, float, float]],
+) -> None:
+    p, low, high = torch.tensor(images).unbind(dim=1)
+    low, high = torch.minimum(low, high), torch.maximum(low, high)
+    assert average_drop(p, high) <= average_drop(p, low)
+    assert increase_in_confidence(p, high) >= increase_in_confidence(p, low)
 
 
 @pytest.mark.parametrize(
@@ -66,3 +79,30 @@ def test_the_black_fill_is_black_in_normalised_space() -> None:
 
     masked_confidence(record, pixels * scale + shift, torch.tensor([0]), maps, torch.full((3,), shift))
     assert torch.allclose((seen[0] - shift) / scale, pixels * min_max(maps)[:, None], atol=1e-6)
+
+
+PICTURE = torch.rand(1, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.permutations(range(36)), st.floats(0.1, 10), st.floats(-5, 5))
+def test_a_positive_affine_change_of_the_map_changes_no_mask(order: list[int], scale: float, shift: float) -> None:
+    maps = torch.tensor(order).float().reshape(1, 6, 6)  # values far apart: rounding swaps none
+    plain, changed = (
+        masked_confidence(brightness, PICTURE, torch.tensor([0]), x, torch.zeros(3))
+        for x in (maps, scale * maps + shift)
+    )
+    for name in plain:
+        assert changed[name].item() == pytest.approx(plain[name].item(), abs=1e-5), name
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(0, 35), min_size=36, max_size=36), st.lists(st.integers(1, 50), min_size=36, max_size=36))
+def test_an_increasing_change_of_the_map_changes_no_binary_mask(values: list[int], rises: list[int]) -> None:
+    maps = torch.tensor(values).reshape(1, 6, 6)
+    risen = torch.tensor(rises).cumsum(dim=0)[maps]  # value k becomes the k-th of a rising list; ties stay ties
+    plain, changed = (
+        masked_confidence(brightness, PICTURE, torch.tensor([0]), x.float(), torch.zeros(3)) for x in (maps, risen)
+    )
+    for name in ("binary 50", "binary 15"):
+        assert torch.equal(changed[name], plain[name]), name

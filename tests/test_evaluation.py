@@ -1,6 +1,7 @@
 """`ttame compare` on a tiny backbone: one run, a killed and resumed one, two processes, and the report's words."""
 
 import copy
+import io
 import json
 import os
 import shutil
@@ -19,7 +20,9 @@ from torch import nn
 from hf_ttame import TTameModel, evaluation_rows
 from hf_ttame import evaluation as module
 from hf_ttame.baselines import FROM_THE_HEAD, TRIVIAL, MethodSettings, expand_names, make_method
-from hf_ttame.evaluation import Images, Plan, Scan, compare
+from hf_ttame.evaluation import compare
+from hf_ttame.evaluation_images import Images, Scan
+from hf_ttame.evaluation_plan import Plan
 from hf_ttame.evaluation_rows import Store, read_rows, write_rows
 from hf_ttame.features import inner_module
 from hf_ttame.measures import FAITHFULNESS, FEWEST, Measure, verdict
@@ -27,7 +30,9 @@ from hf_ttame.metrics import mean_interval
 from hf_ttame.passes import PassBar
 from hf_ttame.pictures import parse_where
 from hf_ttame.precision import passes_in
-from hf_ttame.reporting import columns_of, markdown_table, summarise
+from hf_ttame.report_page import markdown_table
+from hf_ttame.report_plots import _curves
+from hf_ttame.reporting import columns_of, summarise
 
 ROOT = Path(__file__).parents[1]
 METHODS = ("gradcam", "scorecam", "ones", "random-blob")
@@ -73,7 +78,10 @@ def finished(pictures: Path, model: TTameModel, tmp_path_factory: pytest.TempPat
 
 def rows_without_time(folder: Path) -> dict:
     rows = read_rows(folder / "per_image.parquet")
-    return {key: {k: v for k, v in row.items() if k not in ("sheet map", "head")} for key, row in rows.items()}
+    return {
+        key: {k: v for k, v in row.items() if k not in ("sheet map", "head", "versions", "layer")}
+        for key, row in rows.items()
+    }
 
 
 def same_rows(a: dict, b: dict) -> bool:
@@ -316,6 +324,8 @@ def test_times_are_taken_in_turn_and_kept(
     assert entries["scorecam"]["times_ttame"] > 5
     assert entries["scorecam"]["rounds"] == 3
     assert entries["gradcam"]["rounds"] == 12
+    least, most = entries["scorecam"]["times_ttame_range"]
+    assert least <= entries["scorecam"]["times_ttame"] <= most
     output = Path(shutil.copytree(finished[0], tmp_path / "run"))
     report = compare(model, plan(pictures), output, progress=False)
     assert {name: entry["ms_per_map"] for name, entry in report["methods"].items()} == {
@@ -375,12 +385,57 @@ def test_boxes_are_moved_into_the_input(model: TTameModel, photo: Callable[..., 
     (batch,) = Images(Plan(str(folder), box_column="box"), model).batches(None)
     half = torch.zeros(1, 64, 64)
     half[:, :, :32] = 1.0
-    assert module._inside_boxes(model, batch, half)["energy in box"].item() == pytest.approx(100)
-    batch.boxes = [[0, 0, 64, 128]]
-    assert module._inside_boxes(model, batch, half)["energy in box"].item() == pytest.approx(100)
-    assert module._inside_boxes(model, batch, 1 - half)["pointing game"].item() == 0
-    batch.boxes = [None]
-    assert module._inside_boxes(model, batch, half)["pointing game"].isnan().all()
+    asked = Plan(str(folder), box_column="box")
+
+    def measured(cell: object, shown: torch.Tensor = half) -> tuple[float, float, int]:
+        batch.marks = [cell]
+        found = module._inside_regions(model, batch, shown, asked)
+        return found["pointing game"].item(), found["energy in box"].item(), int(found["bad marks"].item())
+
+    assert measured([0, 0, 128, 128])[1:] == (pytest.approx(100), 0)
+    left, right = [0, 0, 64, 128], [64, 0, 128, 128]
+    assert measured(left) == (100, pytest.approx(100), 0)
+    assert measured(left, 1 - half)[0] == 0
+    assert measured([right, left])[:2] == (100, pytest.approx(100)), "several boxes are one region"
+    assert measured([left, [64, 0, 64, 128], right, ["x"]])[1:] == (pytest.approx(100), 2), "bad ones are counted"
+    assert measured([left] * 4)[1] == pytest.approx(100), "four boxes are not one"
+    for nothing in (None, [], [[9, 9, 3, 3]], [500, 500, 600, 600]):
+        assert np.isnan(measured(nothing)[:2]).all()
+
+
+def test_masks_are_moved_into_the_input(model: TTameModel, photo: Callable[..., Image.Image], tmp_path: Path) -> None:
+    folder = tmp_path / "masks"
+    folder.mkdir()
+    small, whole = Image.new("L", (32, 32)), Image.new("P", (128, 128), 1)
+    small.paste(255, (0, 0, 16, 32))  # a quarter of the picture's size, its left half
+    cells = [{"bytes": save(picture)} for picture in (small, whole, Image.new("1", (128, 128)))]
+    cells += [{"bytes": b"nothing"}, None]
+    datasets.Dataset.from_dict({"image": [photo(128, 128, seed=n) for n in range(5)], "mask": cells}).cast(
+        datasets.Features({"image": datasets.Image(), "mask": datasets.Image()})
+    ).to_parquet(str(folder / "validation-0.parquet"))
+    asked = Plan(str(folder), mask_column="mask", methods=("ones",), metrics=("confidence",))
+    (batch,) = Images(asked, model).batches(None)
+    half = torch.zeros(5, 64, 64)
+    half[:, :, :32] = 1.0
+    found = module._inside_regions(model, batch, half, asked)
+    assert found["energy in box"][:2].tolist() == pytest.approx([100, 100], abs=4)
+    assert found["energy in box"][2:].isnan().all(), "empty, damaged, missing"
+    assert found["bad marks"].tolist() == [0, 0, 0, 1, 0]
+    assert module._inside_regions(model, batch, 1 - half, asked)["energy in box"][0] < 4
+    report = compare(model, asked, tmp_path / "out", progress=False)
+    assert report["bad_marks"] == 1
+    assert report["methods"]["ttame"]["measures"]["energy in box"]["n"] == 2
+    assert "; 1 boxes or masks could not be read" in (tmp_path / "out/report.md").read_text()
+    with pytest.raises(ValueError, match="no column 'musk'; its columns: image, mask"):
+        Images(Plan(str(folder), mask_column="musk"), model)
+    with pytest.raises(ValueError, match="box_column or mask_column"):
+        Plan(str(folder), mask_column="mask", box_column="mask")
+
+
+def save(picture: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, "PNG")
+    return stream.getvalue()
 
 
 def test_mosaics_have_four_classes_and_use_an_image_once() -> None:
@@ -550,6 +605,108 @@ def test_summary_pairs_only_shared_images() -> None:
     assert found["means"]["ttame"]["AD soft 100"] == {**mean_interval(np.arange(4.0))._asdict(), **{
         k: round(v, 4) for k, v in mean_interval(np.arange(4.0))._asdict().items()}}  # fmt: skip
     assert found["differences"]["slow"]["AD soft 100"] == {"mean": -1.0, "low": -1.0, "high": -1.0, "n": 2}
-    assert found["common"]["ttame"]["AD soft 100"] == {"mean": 0.5, "n": 2}
+    assert found["common"]["ttame"]["AD soft 100"] == {"mean": 0.5, "low": 0.0, "high": 1.0, "n": 2}
     measure = next(m for m in FAITHFULNESS if m.name == "AD soft 100")
     assert np.isnan(columns_of(rows, ["slow"], measure)[3, 0])
+
+
+def test_curves_are_of_the_images_that_all_methods_have() -> None:
+    rows = {("image", n, "ttame"): {"insertion black": [0.0, float(n)]} for n in range(4)}
+    rows |= {("image", n, "slow"): {"insertion black": [0.0, 5.0]} for n in range(1, 3)}
+    rows |= {("image", n, "other"): {"p": 1.0} for n in range(4)}
+    curves, shared = _curves(rows, ["ttame", "slow", "other"], "insertion black")
+    assert shared == {1, 2}
+    assert {name: curve.tolist() for name, curve in curves.items()} == {"ttame": [0.0, 1.5], "slow": [0.0, 5.0]}
+    assert _curves(rows, ["other"], "insertion black") == ({}, set())
+
+
+def test_the_report_says_again_what_all_methods_have_on_the_same_images(finished: tuple[Path, dict]) -> None:
+    """Of six images Score-CAM saw three."""
+    report = (finished[0] / "report.md").read_text()
+    again = report.split("### Faithfulness, on the images that every method saw")[1].split("##")[0]
+    lines = [line for line in again.splitlines() if line.startswith("| ")][1:]
+    assert {line.split("|")[2].strip() for line in lines} == {"3"}
+    entry = finished[1]["methods"]["gradcam"]["measures_common"]["AD soft 50"]
+    assert f"{entry['mean']:.1f}" in again
+    assert f"({entry['low']:.1f} to {entry['high']:.1f})" in again
+
+
+def test_a_row_of_another_layer_is_another_method(
+    pictures: Path, model: TTameModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = plan(pictures, methods=("gradcam",), metrics=("confidence",))
+    compare(model, asked, tmp_path, progress=False)
+    measured = []
+    real = module.measure_batch
+    monkeypatch.setattr(
+        module, "measure_batch", lambda m, method, *rest: measured.append(method.name) or real(m, method, *rest)
+    )
+    compare(model, asked, tmp_path, progress=False)
+    assert not measured
+    rows = read_rows(tmp_path / "per_image.parquet")
+    layer = rows["image", 0, "gradcam"]["layer"]
+    assert "torch" in rows["image", 0, "gradcam"]["versions"]
+    for key, row in rows.items():
+        if key[2] == "gradcam":
+            row["layer"] = "conv1"  # what it read when the default was another
+        row["versions"] = "torch 1.0"
+    write_rows(tmp_path / "per_image.parquet", rows)
+    report = compare(model, asked, tmp_path, progress=False)
+    assert set(measured) == {"gradcam"}
+    assert read_rows(tmp_path / "per_image.parquet")["image", 0, "gradcam"]["layer"] == layer
+    assert len(report["measured_with"]) == 2
+    assert "Measured with several sets of versions: " in (tmp_path / "report.md").read_text()
+
+
+def test_another_map_size_is_another_head(pictures: Path, model: TTameModel, tmp_path: Path) -> None:
+    asked = plan(pictures, methods=("ones",), metrics=("confidence",))
+    before = compare(model, asked, tmp_path, progress=False)
+    other = copy.deepcopy(model)
+    other.config.map_size = (4, 4)
+    other.head.map_size = (4, 4)
+    after = compare(other, asked, tmp_path, progress=False)
+    assert before["head_fingerprint"] == after["head_fingerprint"]
+    assert before["methods"]["ttame"]["measures"] != after["methods"]["ttame"]["measures"]
+    assert before["methods"]["ones"]["measures"] == after["methods"]["ones"]["measures"]
+
+
+def test_slow_methods_are_asked_for_coherency_on_request(pictures: Path, model: TTameModel, tmp_path: Path) -> None:
+    asked = plan(pictures, methods=("scorecam",), metrics=("confidence", "adcc"), slow_adcc=2)
+    report = compare(model, asked, tmp_path, progress=False)
+    assert report["methods"]["scorecam"]["measures"]["ADCC"]["n"] == 2
+    assert report["methods"]["scorecam"]["measures"]["AD soft 50"]["n"] == 3
+    assert report["methods"]["ttame"]["measures"]["ADCC"]["n"] == 6
+
+
+def test_the_sheet_shows_the_first_of_each_class_that_all_methods_saw() -> None:
+    scanned = Scan(torch.arange(8), torch.tensor([0, 0, 1, 2, 3, 4, 5, 6]), *[torch.zeros(8)] * 4)
+    assert list(module.sheet_images(scanned, None)) == [0, 2, 3, 4, 5, 6]
+    assert list(module.sheet_images(scanned, 3)) == [0, 1, 2]
+    assert list(module.sheet_images(scanned, 0)) == [0]
+
+
+def test_nothing_is_checked_or_written_for_a_run_that_is_refused(
+    pictures: Path, model: TTameModel, finished: tuple[Path, dict], tmp_path: Path
+) -> None:
+    called: list[str] = []
+
+    def sanity() -> dict:
+        called.append("sanity")
+        return {}
+
+    with pytest.raises(ValueError, match="method 'gradcamm' is unknown"):
+        compare(model, plan(pictures, methods=("gradcamm",)), tmp_path / "out", progress=False, sanity=sanity)
+    with pytest.raises(ValueError, match="seed"):
+        compare(model, plan(pictures, seed=1), finished[0], progress=False, sanity=sanity)
+    assert not called
+    assert not (tmp_path / "out").exists()
+
+
+def test_ablation_cam_stays_in_float32(model: TTameModel) -> None:
+    x = torch.randn(2, 3, *model.config.image_size, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([0, 1])
+    exact = {name: make_method(name, model).explain(x, ids) for name in ("ablationcam", "gradcam")}
+    with passes_in(model, "bfloat16"):
+        assert torch.equal(make_method("ablationcam", model).explain(x, ids), exact["ablationcam"])
+        assert not torch.equal(make_method("gradcam", model).explain(x, ids), exact["gradcam"])
+    assert "forward" not in model.backbone.__dict__

@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 from hf_ttame import TTameModel
 from hf_ttame.cards import render_card, write_card
 from hf_ttame.cli import app
-from hf_ttame.evaluation import Plan
+from hf_ttame.evaluation_plan import Plan
 from hf_ttame.hub import check_contents, detect_kind, files_to_push, push_folder
 from hf_ttame.paths import check_path
 from hf_ttame.pictures import open_stream

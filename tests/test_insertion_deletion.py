@@ -50,6 +50,20 @@ def test_the_right_order_beats_the_reverse() -> None:
     assert (right["insertion"].diff(dim=1) >= -1e-6).all()
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(0, 35), min_size=36, max_size=36), st.lists(st.integers(1, 50), min_size=36, max_size=36))
+def test_an_increasing_change_of_the_map_changes_no_curve(values: list[int], rises: list[int]) -> None:
+    pixels = torch.rand(1, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    maps = torch.tensor(values).reshape(1, 6, 6)
+    risen = torch.tensor(rises).cumsum(dim=0)[maps]  # value k becomes the k-th of a rising list; ties stay ties
+    plain, changed = (
+        confidence_curves(brightness, pixels, torch.tensor([0]), x.float(), torch.zeros_like(pixels), steps=6)
+        for x in (maps, risen)
+    )
+    for name in ("insertion", "deletion"):
+        assert torch.equal(changed[name], plain[name]), name
+
+
 def test_empty_images() -> None:
     pixels = torch.randn(1, 3, 24, 20)
     black = torch.tensor([-2.0, -1.5, -1.0])

@@ -48,6 +48,15 @@ def test_a_region_and_its_complement_share_the_map(seed: int, scale: float) -> N
         assert torch.allclose(measure(maps * scale, region), inside, atol=1e-5)
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 35), min_size=36, max_size=36), st.lists(st.integers(1, 50), min_size=36, max_size=36))
+def test_an_increasing_change_of_the_map_keeps_the_pointing_game(values: list[int], rises: list[int]) -> None:
+    maps = torch.tensor(values).reshape(1, 6, 6)
+    risen = torch.tensor(rises).cumsum(dim=0)[maps]  # value k becomes the k-th of a rising list; ties stay ties
+    region = quadrants((6, 6))[:1]
+    assert torch.equal(pointing_game(risen.float(), region), pointing_game(maps.float(), region))
+
+
 def test_box_region_takes_pixels_by_their_centres() -> None:
     region = box_region((1, 0, 3, 1.5), (3, 4))
     assert region.int().tolist() == [[0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 0]]
@@ -75,3 +84,18 @@ def test_grid_pointing_by_hand() -> None:
     maps[2, 2:, 2:] = 1.0  # half top left, half bottom right
     assert grid_pointing(maps, torch.tensor([1, 0, 3])).tolist() == pytest.approx([1.0, 0.25, 0.5])
     assert grid_pointing(maps[:1] - 7, torch.tensor([2])).item() == 0
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.floats(0.1, 5), st.floats(-5, 5))
+def test_a_positive_affine_change_of_the_map_keeps_grid_pointing(seed: int, scale: float, shift: float) -> None:
+    maps, tiles = torch.rand(4, 6, 6, generator=torch.Generator().manual_seed(seed)), torch.arange(4)
+    assert torch.allclose(grid_pointing(scale * maps + shift, tiles), grid_pointing(maps, tiles), atol=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.integers(2, 7), st.integers(2, 7))
+def test_the_four_tiles_share_one_map(seed: int, height: int, width: int) -> None:
+    one = torch.rand(1, height, width, generator=torch.Generator().manual_seed(seed))
+    shares = grid_pointing(one.expand(4, -1, -1), torch.arange(4))
+    assert shares.sum().item() == pytest.approx(1.0, abs=1e-5)

@@ -1,12 +1,14 @@
 """ROAD: imputation against equations solved by hand and against the grad-cam package."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_ttame.metrics import Judgement, impute, road_curves
+from hf_ttame.metrics import Judgement, impute, road, road_curves
 from hf_ttame.metrics.ordering import pixel_ranks
 
 
@@ -64,6 +66,25 @@ def test_imputed_values_stay_within_the_given_ones(seed: int, share: float, heig
     assert torch.allclose(impute(image + 1, removed, noise=0), filled + 1, atol=0.01)
 
 
+def test_an_imputation_that_stops_short_of_its_tolerance_says_so(monkeypatch) -> None:
+    image = torch.rand(1, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    removed = torch.ones(1, 24, 24, dtype=torch.bool)
+    removed[0, 0, 0] = removed[0, -1, -1] = False
+    monkeypatch.setattr(road, "_MAX_ITERATIONS", 2)
+    with pytest.warns(
+        RuntimeWarning, match=r"after 2 iterations with a residual of \d.*above the tolerance of 1.0e-06"
+    ):
+        impute(image, removed, tolerance=1e-6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        impute(image, removed, tolerance=1.0)
+        # The last step counts: what it brings within the tolerance has converged.
+        removed[:] = False
+        removed[0, 3, 3] = True
+        monkeypatch.setattr(road, "_MAX_ITERATIONS", 1)
+        impute(image, removed)
+
+
 def test_degenerate_masks() -> None:
     image = torch.rand(2, 3, 9, 7)
     assert torch.equal(impute(image, torch.zeros(2, 9, 7, dtype=torch.bool)), image)
@@ -105,6 +126,19 @@ def test_curves_rank_a_map_of_the_bright_blob_above_its_opposite() -> None:
     assert good["lerf confidence"].mean() > bad["lerf confidence"].mean()
     # With the whole blob gone, at 20 percent and more, nothing bright is left to spread.
     assert good["morf confidence"][0, 1:].max() < 0.01
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(0, 35), min_size=36, max_size=36), st.lists(st.integers(1, 50), min_size=36, max_size=36))
+def test_an_increasing_change_of_the_map_changes_no_curve(values: list[int], rises: list[int]) -> None:
+    image = torch.rand(1, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    maps = torch.tensor(values).reshape(1, 6, 6)
+    risen = torch.tensor(rises).cumsum(dim=0)[maps]  # value k becomes the k-th of a rising list; ties stay ties
+    plain, changed = (
+        road_curves(brightness, image, torch.tensor([0]), x.float(), fractions=(0.2, 0.5)) for x in (maps, risen)
+    )
+    for name in plain:
+        assert torch.equal(changed[name], plain[name]), name
 
 
 def test_curves_agree_with_the_grad_cam_package() -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..features import FeatureLayer, inner_module
 from ..modeling_ttame import TTameModel
+from ..precision import in_float32
 from .contract import Explain
 
 NAMES = {
@@ -61,7 +62,7 @@ def cam(name: str, model: TTameModel, layer: FeatureLayer, batch_size: int = 32)
     """One of NAMES on one layer, as the package computes it: negative values cut, scaled to [0, 1], at image size.
 
     Score-CAM multiplies the normalised pixels by its masks, so what it hides takes the mean colour; RISE, AD and IC
-    hide with black.
+    hide with black. Ablation-CAM compares logits that differ by one channel: it stays in float32 inside `passes_in`.
 
     Args:
         name: a key of NAMES.
@@ -91,7 +92,11 @@ def cam(name: str, model: TTameModel, layer: FeatureLayer, batch_size: int = 32)
         wanted = [ClassifierOutputTarget(int(class_id)) for class_id in class_ids]
         try:
             # Some methods draw a progress bar per image.
-            with torch.set_grad_enabled(method.uses_gradients), contextlib.redirect_stderr(io.StringIO()):
+            with (
+                torch.set_grad_enabled(method.uses_gradients),
+                contextlib.redirect_stderr(io.StringIO()),
+                in_float32(model) if name == "ablationcam" else contextlib.nullcontext(),
+            ):
                 maps = method(pixel_values.detach(), wanted)
         finally:
             method.activations_and_grads.release()

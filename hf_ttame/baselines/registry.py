@@ -24,6 +24,7 @@ _KINDS = {
     "integrated-gradients": "gradient",
     **dict.fromkeys(("scorecam", "ablationcam", "occlusion", "rise"), "perturbation"),
     **dict.fromkeys(TRIVIAL, "trivial"),
+    "gradcam-blurred": "gradient",  # a control, and a map of this image and class like any other
 }
 ALL = tuple(_KINDS)
 FROM_THE_HEAD = ("ttame", "random-blob", "class-mean", "other-image", "gradcam-blurred")
@@ -77,8 +78,10 @@ def expand_names(names: Sequence[str], model: TTameModel) -> list[str]:
 def cam_layer(model: TTameModel, name: str | None = None) -> FeatureLayer:
     """The layer of a class activation map: the one named, or the last of the backbone's default layers.
 
-    The default is the last stage or block, as is usual for these methods, and not the explainer's own last layer,
-    which may be another (a head that starts from the classifier taps the map before the pooling).
+    The default is the last stage or block and not the explainer's own last layer, which may be another: a head that
+    starts from the classifier taps the map before the pooling. Neither is the better one for every method: on
+    EfficientNet-Lite0, whose last stage ends without an activation and is negative in half its values, Grad-CAM's
+    average drop is lower there, Ablation-CAM's on the map before the pooling. `NAME@LAYER` reads the other.
     """
     shape = (2, len(model.config.pixel_scale), *model.config.image_size)
     blank = torch.zeros(shape, device=model.device)

@@ -5,6 +5,9 @@ from typing import NamedTuple
 import numpy as np
 
 RESAMPLES = 10_000
+FEWEST = 20
+"""Pairs below which a bootstrap interval is too narrow to say anything: of two equal methods it calls one better in a
+tenth of the cases at 10 pairs, in half of them at 2."""
 _AT_ONCE = 500
 
 

@@ -12,6 +12,9 @@ def entropy(maps: torch.Tensor) -> torch.Tensor:
 
     Args:
         maps: (B, h, w), non-negative; a map of zeros claims nothing in particular and counts as uniform.
+
+    Raises:
+        ValueError: the maps are not (B, h, w), or a value is negative.
     """
     if maps.ndim != 3 or bool((maps < 0).any()):
         raise ValueError(f"maps must be (B, h, w) and non-negative, got {tuple(maps.shape)}, minimum {maps.min():g}")
@@ -23,7 +26,12 @@ def entropy(maps: torch.Tensor) -> torch.Tensor:
 
 
 def area(maps: torch.Tensor, threshold: float = 0.5) -> torch.Tensor:
-    """Share of the pixels whose min-max scaled value is above `threshold`, (B,)."""
+    """Share of the pixels whose min-max scaled value is above `threshold`, (B,) in [0, 1].
+
+    Args:
+        maps: (B, h, w), any range.
+        threshold: in [0, 1], of the scaled values.
+    """
     return (min_max(maps) > threshold).float().mean(dim=(-2, -1))
 
 
@@ -31,6 +39,13 @@ def coherency(maps: torch.Tensor, maps_of_masked: torch.Tensor) -> torch.Tensor:
     """Correlation of a map with the map of what it leaves of the picture, as (1 + r) / 2 in [0, 1], (B,).
 
     Poppi et al., arXiv 2104.10252. A constant map correlates with nothing: r = 0.
+
+    Args:
+        maps: (B, h, w), any range.
+        maps_of_masked: (B, h, w), any range: of the same classes, on the images masked with `maps`.
+
+    Raises:
+        ValueError: the shapes differ, or are not (B, h, w).
     """
     if maps.shape != maps_of_masked.shape or maps.ndim != 3:
         raise ValueError(f"both maps must be (B, h, w), got {tuple(maps.shape)} and {tuple(maps_of_masked.shape)}")
@@ -50,6 +65,9 @@ def adcc(coherency: torch.Tensor, complexity: torch.Tensor, drop: torch.Tensor) 
         coherency: (B,) in [0, 1].
         complexity: (B,) in [0, 1], the mean of the map scaled to [0, 1].
         drop: (B,) in [0, 1], max(0, p - p_masked) / p of the softly masked picture (no percent).
+
+    Raises:
+        ValueError: a value lies outside [0, 1].
     """
     for name, values in (("coherency", coherency), ("complexity", complexity), ("drop", drop)):
         if not bool(((values >= 0) & (values <= 1)).all()):

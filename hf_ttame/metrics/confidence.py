@@ -12,32 +12,35 @@ FRACTIONS = (1.0, 0.5, 0.15)
 
 
 def drops(p: torch.Tensor, p_masked: torch.Tensor) -> torch.Tensor:
-    """Per image, the lost share of the confidence in percent: 100 * max(0, p - p_masked) / p, (B,) in [0, 100]."""
+    """Per image, the lost share of the confidence in percent: 100 * max(0, p - p_masked) / p, (B,) in [0, 100].
+
+    Args:
+        p: (B,) softmax probability, in (0, 1], of the class predicted on the whole image.
+        p_masked: (B,) in [0, 1], probability of the same class on the masked image.
+
+    Raises:
+        ValueError: shapes differ, the batch is empty, or a value is no probability.
+    """
     _check(p, p_masked)
     return 100 * (p - p_masked).clamp(min=0) / p
 
 
 def increases(p: torch.Tensor, p_masked: torch.Tensor) -> torch.Tensor:
-    """Per image, 100 where the masked image is classified with more confidence than the whole one, else 0, (B,)."""
+    """Per image, 100 where the masked image is classified with more confidence than the whole one, else 0, (B,).
+
+    Arguments and errors as `drops`.
+    """
     _check(p, p_masked)
     return 100.0 * (p_masked > p).to(p.dtype)
 
 
 def average_drop(p: torch.Tensor, p_masked: torch.Tensor) -> float:
-    """AD = 100 * mean(max(0, p - p_masked) / p), percent, lower is better.
-
-    Args:
-        p: (B,) softmax probability, in (0, 1], of the class predicted on the whole image.
-        p_masked: (B,) probability of the same class on the masked image.
-
-    Raises:
-        ValueError: shapes differ, the batch is empty, or a value is no probability.
-    """
+    """AD = 100 * mean(max(0, p - p_masked) / p), percent, lower is better. Arguments and errors as `drops`."""
     return float(drops(p, p_masked).mean())
 
 
 def increase_in_confidence(p: torch.Tensor, p_masked: torch.Tensor) -> float:
-    """IC = 100 * mean(p_masked > p), percent, higher is better. Arguments as `average_drop`."""
+    """IC = 100 * mean(p_masked > p), percent, higher is better. Arguments and errors as `drops`."""
     return float(increases(p, p_masked).mean())
 
 
@@ -74,6 +77,9 @@ def masked_confidence(
 
     Returns:
         {"soft 100": (B,), "soft 50", "soft 15", "binary 50", "binary 15"} and "mean", the mean soft mask value (B,).
+
+    Raises:
+        ValueError: the number of maps is not that of the images.
     """
     height, width = pixel_values.shape[-2:]
     scaled = min_max(resize_maps(maps, (height, width)))

@@ -33,6 +33,9 @@ def empty_image(pixel_values: torch.Tensor, start: str, black: torch.Tensor) -> 
         start: "black"; "mean", the mean colour of the training data (0 when normalised); "blur", the image itself,
             blurred with a standard deviation of a twentieth of its shorter side.
         black: (C,), black in normalised space.
+
+    Raises:
+        ValueError: an unknown start.
     """
     if start == "black":
         return black.to(pixel_values).reshape(1, -1, 1, 1).expand_as(pixel_values)
@@ -66,6 +69,9 @@ def confidence_curves(
 
     Returns:
         {"insertion": (B, steps + 1), "deletion": (B, steps + 1)}; the area under them is `area_under`.
+
+    Raises:
+        ValueError: less than one step, or maps that are not (B, h, w).
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
@@ -85,7 +91,11 @@ def confidence_curves(
 
 
 def area_under(curves: torch.Tensor) -> torch.Tensor:
-    """Area under curves (B, n) of evenly spaced points over [0, 1], by trapezoids, (B,)."""
+    """Area under curves (B, n) of evenly spaced points over [0, 1], by trapezoids, (B,).
+
+    Raises:
+        ValueError: the curves are not (B, n), or have less than two points.
+    """
     if curves.ndim != 2 or curves.shape[1] < 2:
         raise ValueError(f"curves must be (B, n) with n at least 2, got {tuple(curves.shape)}")
     return torch.trapezoid(curves, dx=1 / (curves.shape[1] - 1), dim=1)

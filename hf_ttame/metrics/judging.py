@@ -26,6 +26,9 @@ def class_probability(logits: torch.Tensor, class_ids: torch.Tensor, outputs: st
         logits: (B, K).
         class_ids: (B,) in 0..K-1.
         outputs: what the logits mean, see `hf_ttame.answers`.
+
+    Raises:
+        ValueError: the shapes do not fit.
     """
     if logits.ndim != 2 or class_ids.shape != logits.shape[:1]:
         raise ValueError(
@@ -35,14 +38,20 @@ def class_probability(logits: torch.Tensor, class_ids: torch.Tensor, outputs: st
 
 
 def still_predicted(logits: torch.Tensor, class_ids: torch.Tensor, outputs: str = "softmax") -> torch.Tensor:
-    """Whether the explained class is predicted, (B,) bool."""
+    """Whether the explained class is predicted, (B,) bool. Arguments as `class_probability`."""
     return answered(logits, outputs).gather(1, class_ids[:, None].long())[:, 0]
 
 
 def judge_by(
     classify: Callable[[torch.Tensor], torch.Tensor], batch_size: int = 64, outputs: str = "softmax"
 ) -> Judge:
-    """A judge from a function of pixel values to logits; batches larger than `batch_size` are split."""
+    """A judge from a function of pixel values to logits.
+
+    Args:
+        classify: (B, C, H, W) -> logits (B, K).
+        batch_size: larger batches are split.
+        outputs: what the logits mean, see `hf_ttame.answers`.
+    """
 
     @torch.no_grad()
     def judge(pixel_values: torch.Tensor, class_ids: torch.Tensor) -> Judgement:

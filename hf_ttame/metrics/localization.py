@@ -35,6 +35,9 @@ def energy_inside(maps: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
     Args:
         maps: (B, H, W), non-negative.
         regions: (B, H, W) bool.
+
+    Raises:
+        ValueError: shapes differ, a region is empty, or a map has a negative value.
     """
     _check(maps, regions)
     if bool((maps < 0).any()):
@@ -55,7 +58,15 @@ def _check(maps: torch.Tensor, regions: torch.Tensor) -> None:
 
 
 def box_region(box: Sequence[float], size: tuple[int, int]) -> torch.Tensor:
-    """(H, W) bool, True for the pixels whose centre lies in the box (left, top, right, bottom), in pixels."""
+    """(H, W) bool, True for the pixels whose centre lies in the box (left, top, right, bottom), in pixels.
+
+    Args:
+        box: from the image's top left corner; what lies outside the image holds no pixel.
+        size: (H, W) in pixels.
+
+    Raises:
+        ValueError: the box has no width or no height.
+    """
     left, top, right, bottom = box
     if not (right > left and bottom > top):
         raise ValueError(f"a box is (left, top, right, bottom) with right > left and bottom > top, got {tuple(box)}")
@@ -71,6 +82,9 @@ def mosaic(tiles: torch.Tensor) -> torch.Tensor:
 
     Returns:
         (C, 2 h, 2 w) of the half size h, w.
+
+    Raises:
+        ValueError: the tiles are not (4, C, h, w).
     """
     if tiles.ndim != 4 or tiles.shape[0] != TILES:
         raise ValueError(f"a mosaic takes (4, C, h, w), got {tuple(tiles.shape)}")
@@ -91,7 +105,7 @@ def fit(mosaic: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def quadrants(size: tuple[int, int]) -> torch.Tensor:
-    """(4, H, W) bool: the tiles of a mosaic, in the order of `mosaic`."""
+    """(4, H, W) bool: the tiles of a mosaic, in the order of `mosaic`; `size` is (H, W) in pixels."""
     height, width = size
     upper = torch.arange(height)[:, None] < height // 2
     left = torch.arange(width)[None, :] < width // 2
@@ -99,13 +113,16 @@ def quadrants(size: tuple[int, int]) -> torch.Tensor:
 
 
 def grid_pointing(maps: torch.Tensor, tiles: torch.Tensor) -> torch.Tensor:
-    """Share of each map's energy in the tile of its class, (B,); 0.25 is chance.
+    """Share of each map's energy in the tile of its class, (B,) in [0, 1]; 0.25 is chance.
 
     Böhle et al., arXiv 2104.00032, on 2 x 2 mosaics of confidently classified images: a ground truth for free.
 
     Args:
         maps: (B, H, W) for one class each, any range; min-max scaled here, as every map is before it is shown.
         tiles: (B,) in 0..3, where the image of the explained class lies.
+
+    Raises:
+        ValueError: the maps are not (B, H, W), one per tile, or a tile holds no pixel.
     """
     regions = quadrants((maps.shape[-2], maps.shape[-1])).to(maps.device)[tiles]
     return energy_inside(min_max(maps), regions)

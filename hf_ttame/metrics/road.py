@@ -6,6 +6,7 @@ conjugate gradients whose products with the matrix are 3 x 3 convolutions, preco
 little noise is added to the solution so that no classifier can tell imputed regions by their smoothness.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -91,6 +92,9 @@ def impute(
 
     Raises:
         ValueError: the shapes do not fit.
+
+    Warns:
+        RuntimeWarning: the tolerance was not reached.
     """
     if pixel_values.ndim != 4 or removed.shape != (pixel_values.shape[0], *pixel_values.shape[-2:]):
         raise ValueError(
@@ -121,6 +125,15 @@ def impute(
         following = (residual * z).sum(dim=(2, 3), keepdim=True)
         direction = z + torch.where(inner > 0, following / inner.clamp(min=1e-30), torch.zeros_like(inner)) * direction
         inner = following
+    else:
+        left = float((residual.abs() / scale).amax())
+        if not left <= tolerance:  # NaN is not within it either
+            warnings.warn(
+                f"imputation stopped after {_MAX_ITERATIONS} iterations with a residual of {left:.1e}, above the "
+                f"tolerance of {tolerance:.1e}; give finite float32 pixels, or allow a larger tolerance",
+                RuntimeWarning,
+                stacklevel=2,
+            )
     if noise:
         generator = torch.Generator().manual_seed(seed)
         x = x + noise * torch.randn(x.shape[1:], generator=generator).to(x)
@@ -162,6 +175,9 @@ def road_curves(
     Returns:
         "morf confidence", "morf accuracy" (most relevant first, lower is better), "lerf confidence", "lerf accuracy"
         (least relevant first, higher is better), each (B, len(fractions)); accuracy is 0 or 1 per image.
+
+    Raises:
+        ValueError: no fractions or one outside (0, 1), or maps that are not (B, h, w) of these images.
     """
     if not fractions or not all(0 < fraction < 1 for fraction in fractions):
         raise ValueError(f"fractions must be shares in (0, 1), got {tuple(fractions)}; 10 percent is written 0.1")
