@@ -22,8 +22,9 @@ from PIL import Image
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from hf_ttame import TTameModel
+from hf_ttame import TTameModel, sanity_watermark
 from hf_ttame import sanity_checks as checks
+from hf_ttame import sanity_random as random_checks
 from hf_ttame.backbones import Backbone
 from hf_ttame.card_figures import figures, normalised
 from hf_ttame.evaluation_images import Scan
@@ -134,17 +135,17 @@ def test_few_images_are_not_judged(check: Callable[[int], sanity.Check], fewest:
 
 
 def test_randomising_goes_from_the_classifier_downwards(model: TTameModel, images: torch.Tensor) -> None:
-    order = checks.modules_in_order(model.backbone, images)
+    order = random_checks.modules_in_order(model.backbone, images)
     assert order[0] is model.backbone.timm_model.conv1 or isinstance(order[0], nn.Conv2d)
     assert order[-1] is model.backbone.timm_model.fc
     other = copy.deepcopy(model)
-    checks.randomise(other.backbone, 0.5, images)
+    random_checks.randomise(other.backbone, 0.5, images)
     changed = [
         not all(
             torch.equal(a, b)
             for a, b in zip(mine.parameters(recurse=False), his.parameters(recurse=False), strict=True)
         )
-        for mine, his in zip(order, checks.modules_in_order(other.backbone, images), strict=True)
+        for mine, his in zip(order, random_checks.modules_in_order(other.backbone, images), strict=True)
     ]
     half = len(order) - -(-len(order) // 2)
     assert not any(changed[:half])
@@ -153,13 +154,13 @@ def test_randomising_goes_from_the_classifier_downwards(model: TTameModel, image
     assert not any(module.training for module in other.backbone.modules())
     # The same seed, the same backbone.
     again = copy.deepcopy(model)
-    checks.randomise(again.backbone, 0.5, images)
+    random_checks.randomise(again.backbone, 0.5, images)
     assert torch.equal(again.classify(images), other.classify(images))
 
 
 def test_position_embeddings_of_a_transformer_are_randomised_last() -> None:
     vit = make_vit()
-    order = checks.modules_in_order(vit, torch.randn(1, 3, 64, 64))
+    order = random_checks.modules_in_order(vit, torch.randn(1, 3, 64, 64))
     assert order[-1] is vit.classifier
     assert any(hasattr(module, "position_embeddings") for module in order[:2])
 
@@ -168,7 +169,7 @@ def test_cascade_measures_every_share_and_leaves_the_model_alone(
     model: TTameModel, images: torch.Tensor, targets: torch.Tensor
 ) -> None:
     before = checks.explain(model, images, targets)
-    found = checks.cascading_randomisation(model, images, targets)
+    found = random_checks.cascading_randomisation(model, images, targets)
     shares = ["25 % of layers", "50 % of layers", "75 % of layers", "100 % of layers"]
     assert list(found.figures) == [*shares, "all layers, another image's true map"]
     assert all(-1 <= figures["mean"] < 0.99 for figures in found.figures.values())
@@ -179,8 +180,8 @@ def test_a_map_that_ignores_the_backbone_fails_the_cascade(
     model: TTameModel, images: torch.Tensor, targets: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     picture = images.mean(dim=1)[:, ::8, ::8]
-    monkeypatch.setattr(checks, "explain", lambda *_: picture)  # an edge detector, so to speak
-    found = checks.cascading_randomisation(model, images, targets)
+    monkeypatch.setattr(random_checks, "explain", lambda *_: picture)  # an edge detector, so to speak
+    found = random_checks.cascading_randomisation(model, images, targets)
     assert not found.passed
     assert found.figures["100 % of layers"]["mean"] == pytest.approx(1.0)
     assert found.figures["all layers, another image's true map"]["mean"] < 0.99
@@ -201,9 +202,9 @@ def test_a_random_backbone_gives_different_answers(
 ) -> None:
     """A plain tensor of a timm model, the output object of one of transformers."""
     backbone = copy.deepcopy(request.getfixturevalue(kind))
-    checks.randomise(backbone, 1.0, images)
-    checks.spread_answers(backbone, images)
-    logits = checks.classify(backbone, images)
+    random_checks.randomise(backbone, 1.0, images)
+    random_checks.spread_answers(backbone, images)
+    logits = random_checks.classify(backbone, images)
     assert torch.allclose(logits.mean(dim=0), torch.zeros(logits.shape[1]), atol=1e-3)
     assert torch.allclose(logits.std(dim=0), torch.ones(logits.shape[1]), atol=1e-2)
     assert len(logits.argmax(dim=1).unique()) > 2
@@ -215,14 +216,14 @@ def test_answers_in_an_output_object_without_logits_spread_too(images: torch.Ten
             return BaseModelOutput(last_hidden_state=pixel_values.mean(dim=(2, 3)) + 5)
 
     backbone = Plain()
-    checks.spread_answers(backbone, images)
-    assert torch.allclose(checks.classify(backbone, images).std(dim=0), torch.ones(3), atol=1e-2)
+    random_checks.spread_answers(backbone, images)
+    assert torch.allclose(random_checks.classify(backbone, images).std(dim=0), torch.ones(3), atol=1e-2)
 
 
 def test_a_head_is_trained_on_the_random_backbone(model: TTameModel, images: torch.Tensor) -> None:
     before = copy.deepcopy(model.head.state_dict())
     logits = model.classify(images)
-    found = checks.retrained_on_random(model, images.repeat(2, 1, 1, 1), steps=40, batch_size=8)
+    found = random_checks.retrained_on_random(model, images.repeat(2, 1, 1, 1), steps=40, batch_size=8)
     assert found.figures["n"] >= 2
     assert 0 <= found.figures["mean"] <= 100
     assert found.figures["loss at the beginning"] > found.figures["loss at the end"]
@@ -240,9 +241,9 @@ def test_evidence_in_a_tile_by_hand() -> None:
     config = SimpleNamespace(image_size=(8, 8))
     model: Any = SimpleNamespace(classify=classify, config=config, device="cpu", fill=lambda: torch.zeros(3))
     tiles, groups = torch.ones(8, 3, 4, 4), [[0, 1, 2, 3], [4, 5, 6, 7]]
-    found = checks._evidence_in_tile(model, tiles, torch.tensor([0, 1, 2, 3, 3, 1, 2, 0]), groups)
+    found = random_checks._evidence_in_tile(model, tiles, torch.tensor([0, 1, 2, 3, 3, 1, 2, 0]), groups)
     assert found.tolist() == [75.0, 75.0]  # of the second mosaic the second tile
-    found = checks._evidence_in_tile(model, tiles, torch.tensor([1, 0, 2, 3, 3, 4, 2, 0]), groups)
+    found = random_checks._evidence_in_tile(model, tiles, torch.tensor([1, 0, 2, 3, 3, 4, 2, 0]), groups)
     assert found.tolist() == [0.0, 25.0], "an answer that hangs on other tiles, and on none"
     assert tiles.eq(1).all()
 
@@ -252,7 +253,7 @@ def test_the_retrained_head_is_asked_for_classes_that_it_was_trained_on(
 ) -> None:
     trained: list[int] = []
     asked: list[torch.Tensor] = []
-    choose, show = checks.choose_targets, checks.explain
+    choose, show = random_checks.choose_targets, random_checks.explain
 
     def choosing(*arguments: Any) -> torch.Tensor:
         targets = choose(*arguments)
@@ -263,9 +264,9 @@ def test_the_retrained_head_is_asked_for_classes_that_it_was_trained_on(
         asked.append(targets)
         return show(model, pixel_values, targets)
 
-    monkeypatch.setattr(checks, "choose_targets", choosing)
-    monkeypatch.setattr(checks, "explain", explaining)
-    checks.retrained_on_random(model, images.repeat(2, 1, 1, 1), steps=6, batch_size=16)
+    monkeypatch.setattr(random_checks, "choose_targets", choosing)
+    monkeypatch.setattr(random_checks, "explain", explaining)
+    random_checks.retrained_on_random(model, images.repeat(2, 1, 1, 1), steps=6, batch_size=16)
     assert len(asked) >= 2
     assert all(len(set(classes.tolist())) == 4 for classes in asked)
     assert {int(c) for classes in asked for c in classes} <= set(trained)
@@ -283,10 +284,12 @@ def test_one_tile_of_each_mosaic_counts_for_the_prior_and_all_four_for_the_class
             return (corner[:, None] * corner).expand(4, -1, -1)
         return quadrants((64, 64)).float()
 
-    monkeypatch.setattr(checks, "explain", maps)
-    monkeypatch.setattr(checks, "fit_head", lambda *_: [2.0, 1.0])
+    monkeypatch.setattr(random_checks, "explain", maps)
+    monkeypatch.setattr(random_checks, "fit_head", lambda *_: [2.0, 1.0])
     views = [images, images.flip(-1), images.flip(-2), images.flip(-1, -2)]
-    found = checks.retrained_on_random(model, torch.cat([*views, *(view.roll(16, -1) for view in views)]), steps=2)
+    found = random_checks.retrained_on_random(
+        model, torch.cat([*views, *(view.roll(16, -1) for view in views)]), steps=2
+    )
     assert found.figures["n"] >= 20
     assert found.passed == passed
     if finds == "nothing":
@@ -299,7 +302,10 @@ def test_one_tile_of_each_mosaic_counts_for_the_prior_and_all_four_for_the_class
 def test_checks_that_cannot_be_made_say_so(model: TTameModel, images: torch.Tensor, targets: torch.Tensor) -> None:
     scan, groups = scanned(model, images)
     for found, why in (
-        (checks.retrained_on_random(model, images[:4], steps=2), "of four different answers of the random backbone"),
+        (
+            random_checks.retrained_on_random(model, images[:4], steps=2),
+            "of four different answers of the random backbone",
+        ),
         (checks.class_on_mosaics(model, scan, groups[:1]), "of four different confident classes are needed, got 1"),
         (checks.independent_judge(model, images, targets, None), "no --judge given"),
     ):
@@ -321,20 +327,20 @@ def test_a_fresh_head_can_learn_where_features_are_large(
         return logits, [1e4 * maps for maps in found]
 
     monkeypatch.setattr(own, "features", large)
-    checks.fresh_head(own)
+    random_checks.fresh_head(own)
     with torch.no_grad():
         assert own.head.eval()(own.features(images)[1]).square().mean().sqrt() < 8
 
 
 def test_fitting_lowers_the_loss_and_starts_where_it_is_told(model: TTameModel, images: torch.Tensor) -> None:
     own = copy.deepcopy(model)
-    checks.fresh_head(own)
+    random_checks.fresh_head(own)
     with torch.no_grad():
         _, features = own.features(images)
         mean = own.head(features).mean(dim=(2, 3))
     # test_resnet averages its last map: the fresh head is the class activation map again.
     assert torch.allclose(mean, own.classify(images), atol=1e-3)
-    losses = checks.fit_head(own, lambda _: images, 40, 1e-2)
+    losses = random_checks.fit_head(own, lambda _: images, 40, 1e-2)
     assert len(losses) == 40
     assert not own.head.training
     assert losses[-1] < 0.9 * losses[0]
@@ -440,7 +446,7 @@ def test_another_judge_sees_the_same_pixels(model: TTameModel, images: torch.Ten
 
 
 def test_watermarked_pictures_tell_the_class_in_the_region_alone() -> None:
-    images, labels, regions = checks.watermarked(12, 64, 24, torch.Generator().manual_seed(0))
+    images, labels, regions = sanity_watermark.watermarked(12, 64, 24, torch.Generator().manual_seed(0))
     assert regions.sum(dim=(1, 2)).eq(24 * 24).all()
     for image, label, region in zip(images, labels, regions, strict=True):
         mark = image[:, region].reshape(3, 24, 24)
@@ -581,6 +587,7 @@ def test_of_several_processes_one_makes_the_checks_and_the_others_wait(
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [tmp_path / "process.py", notes, "compare", explainer, "--dataset", pictures, "--methods", "ones"]
     command += ["--metrics", "confidence,sanity", "--batch-size", 2, "--sanity-images", 4, "--sanity-steps", 2]
+    command += ["--judge", vit_folder]
     environment = {
         **os.environ,
         "PYTHONPATH": str(Path(__file__).parents[1]),
@@ -603,3 +610,4 @@ def test_of_several_processes_one_makes_the_checks_and_the_others_wait(
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["images"] == 4
     assert report["sanity"]["g: stability"]["figures"]["repeat"] == 0
+    assert report["sanity"]["f: independent judge"]["figures"]["binary 50"]["n"] == 4
