@@ -532,12 +532,12 @@ def _measure(
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))])
     explainer = _load(model, backbone)
 
-    def sanity() -> dict[str, Any]:
+    def sanity(plan: Plan) -> dict[str, Any]:
         from .sanity_checks import kept_checks, run_checks
 
         if "sanity" in groups:
-            return run_checks(explainer, made, say=typer.echo, folder=output, **checks)
-        return kept_checks(explainer, made, output)
+            return run_checks(explainer, plan, say=typer.echo, folder=output, **checks)
+        return kept_checks(explainer, plan, output)
 
     try:
         report = compare(explainer, made, output, accelerator=accelerator, sanity=sanity, contact_sheet=contact_sheet)

@@ -9,141 +9,39 @@ Processes take turns with the batches.
 
 import hashlib
 import json
-import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
-from .baselines import TRIVIAL, Cost, Method, expand_names, make_method
+from .baselines import TRIVIAL, Method, expand_names, make_method
 from .dataset_input import dataset_commit, local_digest
 from .evaluation_images import Batch, Images, Scan, channels_last, scan
+from .evaluation_measuring import measure_batch, measure_mosaic
 from .evaluation_plan import Plan
-from .evaluation_rows import Key, Store
+from .evaluation_rows import BORROWED, Key, Store, versions_of
 from .latency import measure_latency
-from .masking import apply_mask, min_max, resize_maps
-from .metrics import (
-    adcc,
-    area,
-    coherency,
-    confidence_curves,
-    energy_inside,
-    entropy,
-    grid_pointing,
-    judge_by,
-    masked_confidence,
-    pointing_game,
-    road_curves,
-)
-from .metrics.confidence import drops, increases
-from .metrics.insertion_deletion import STARTS, empty_image
-from .metrics.localization import TILES, fit, mosaic
+from .metrics.localization import TILES
 from .modeling_ttame import TTameModel
 from .passes import PassBar, passes_of
 from .paths import check_outside
 from .precision import passes_in
 from .records import head_fingerprint, map_facts
-from .regions import boxes_of, read_mask, region_of_boxes, region_of_mask
 from .reporting import environment, write_report
 from .saving import lock_settings
 
 SHEET_IMAGES = 6
-SHEET_SIDE = 56
 _PART_SECONDS = 15  # of images that are measured, and then kept, together
 
 
 def is_slow(method: Method) -> bool:
     """Whether a map costs dozens of passes or more."""
     return method.kind == "perturbation" or method.name == "integrated-gradients"
-
-
-def measure_batch(
-    model: TTameModel, method: Method, batch: Batch, targets: torch.Tensor, groups: Iterable[str], plan: Plan
-) -> dict[str, torch.Tensor]:
-    """All measures of one method on one batch, per image: (B,), or (B, n) for curves."""
-    judge = judge_by(model.classify, max(plan.batch_size, 32), model.config.classifier_outputs)
-    x, black, size = batch.pixel_values, model.fill(), batch.pixel_values.shape[-2:]
-    explain = method.at(batch.indices)
-    with Cost(model.backbone) as cost:
-        maps = explain(x, targets).detach().float()
-    count = len(targets)
-    shown = min_max(resize_maps(maps, (size[0], size[1])))
-    found = {
-        "forward": torch.full((count,), cost.forward / count),
-        "backward": torch.full((count,), cost.backward / count),
-        "target": targets.cpu(),
-    }
-    p = judge(x, targets).confidence
-    with torch.no_grad():
-        if "confidence" in groups:
-            found["p"] = p
-            masked = masked_confidence(judge, x, targets, maps, black, seed=plan.seed)
-            found["mean mask"] = masked.pop("mean")
-            for name, confidence in masked.items():
-                found[f"AD {name}"] = drops(p, confidence)
-                found[f"IC {name}"] = increases(p, confidence)
-            found["entropy"], found["area"] = entropy(shown), area(shown)
-            if plan.box_column or plan.mask_column:
-                found |= _inside_regions(model, batch, shown, plan)
-            coarse = F.interpolate(shown[:, None], size=(SHEET_SIDE, SHEET_SIDE), mode="area")[:, 0]
-            found["_sheet"] = (255 * coarse).round().to(torch.uint8).flatten(1)
-        if "adcc" in groups:
-            masked_images = channels_last(apply_mask(x, shown, black))
-            again = explain(masked_images, targets).detach().float()
-            again = min_max(resize_maps(again, (size[0], size[1])))
-            drop = drops(p, judge(masked_images, targets).confidence) / 100
-            found["coherency"] = coherency(shown, again)
-            found["ADCC"] = adcc(found["coherency"].to(shown), shown.mean(dim=(-2, -1)), drop)
-        if "road" in groups:
-            for name, curve in road_curves(judge, x, targets, maps, seed=plan.seed).items():
-                found[f"ROAD {name.replace('morf', 'MoRF').replace('lerf', 'LeRF')}"] = curve
-        if "insertion-deletion" in groups:
-            for start in STARTS:
-                curves = confidence_curves(judge, x, targets, maps, empty_image(x, start, black), seed=plan.seed)
-                found |= {f"{name} {start}": curve for name, curve in curves.items()}
-    return found
-
-
-def _inside_regions(model: TTameModel, batch: Batch, shown: torch.Tensor, plan: Plan) -> dict[str, torch.Tensor]:
-    """Pointing game and energy in the dataset's boxes or masks, moved into the classifier's input; NaN where nothing
-    of them is in it. "bad marks": boxes that are none and masks that cannot be read, per image."""
-    count, size = len(shown), (shown.shape[-2], shown.shape[-1])
-    found = {name: torch.full((count,), math.nan) for name in ("pointing game", "energy in box")}
-    found["bad marks"] = torch.zeros(count)
-    for row, (cell, picture) in enumerate(zip(batch.marks, batch.sizes, strict=True)):
-        if cell is None:
-            continue
-        placement = model._placement(picture)
-        if plan.box_column:
-            boxes, bad = boxes_of(cell)
-            region, found["bad marks"][row] = region_of_boxes(boxes, placement, size), bad
-        else:
-            try:
-                region = region_of_mask(read_mask(cell), placement, picture, size)
-            except ValueError:
-                region, found["bad marks"][row] = None, 1
-        if region is not None:
-            inside = region[None].to(shown.device)
-            found["pointing game"][row] = 100 * pointing_game(shown[row : row + 1], inside).item()
-            found["energy in box"][row] = 100 * energy_inside(shown[row : row + 1], inside).item()
-    return found
-
-
-def measure_mosaic(model: TTameModel, method: Method, number: int, group: list[int], scanned: Scan) -> dict[str, Any]:
-    """Grid pointing of one mosaic: the share of energy in the right tile in percent, the mean of its four classes."""
-    size = (model.config.image_size[0], model.config.image_size[1])
-    image = fit(mosaic(scanned.tiles[group].to(model.device)), size)
-    targets = scanned.targets[scanned.tile_rows[group]].to(model.device)
-    explain = method.at(-(torch.arange(TILES) + 1 + TILES * number))  # no image of the dataset
-    maps = explain(channels_last(image.expand(TILES, -1, -1, -1)), targets).detach().float()
-    shares = grid_pointing(resize_maps(maps, size), torch.arange(TILES, device=maps.device))
-    return {"grid pointing": 100 * shares.mean()[None].cpu()}
 
 
 def compare(
@@ -153,7 +51,7 @@ def compare(
     *,
     accelerator: Any = None,
     progress: bool = True,
-    sanity: Callable[[], dict[str, Any]] | None = None,
+    sanity: Callable[[Plan], dict[str, Any]] | None = None,
     contact_sheet: bool = True,
 ) -> dict[str, Any]:
     """Measure every method of the plan and write the report into `output`; an interrupted run continues.
@@ -164,8 +62,8 @@ def compare(
         output: folder for per_image.parquet, report.json, report.md, plots and the contact sheet.
         accelerator: of Accelerate, where several processes share the work.
         progress: draw a bar with the time left.
-        sanity: gives the sanity checks for the report (`sanity_checks.run_checks` or `kept_checks`); called by the
-            main process, once the folder is known to belong to this run.
+        sanity: given the plan, the sanity checks for the report (`sanity_checks.run_checks` or `kept_checks`); called
+            by the main process, once the folder is known to belong to this run.
         contact_sheet: draw it; it shows six of the photographs.
 
     Returns:
@@ -182,6 +80,9 @@ def compare(
         model.to(accelerator.device)
     model.eval().to(memory_format=torch.channels_last)
     names = list(dict.fromkeys([*expand_names(plan.methods, model), *TRIVIAL]))
+    for name in names:
+        if name not in BORROWED:
+            make_method(name, model, plan.settings)  # a wrong layer or a missing package is told before hours of work
     check_outside(output, plan.dataset)
     identity = _identity(plan, output)
     if identity is not None and not os.path.exists(plan.dataset):
@@ -192,7 +93,7 @@ def compare(
     if accelerator:
         accelerator.wait_for_everyone()
     lock_settings(output, record, main)
-    checks = sanity() if sanity is not None and main else None
+    checks = sanity(plan) if sanity is not None and main else None
 
     hidden = not (main and progress)
     began = time.monotonic()
@@ -218,7 +119,7 @@ def compare(
     )
     if accelerator:
         accelerator.wait_for_everyone()
-    sheet = sheet_images(scanned, plan.slow_limit if any(map(is_slow, methods)) else None)
+    sheet = sheet_images(scanned, plan.slow_limit or None)
     targets = dict(zip(scanned.indices.tolist(), scanned.targets.tolist(), strict=True))
 
     # Every (image, method) with the groups of measures that are still to be taken.
@@ -291,7 +192,7 @@ def compare(
         "environment": surroundings,
     }
     kept = {key: row for key, row in everything.items() if key[2] in names}
-    facts["measured_with"] = sorted({row.get("versions", "not recorded") for row in kept.values()})
+    facts["measured_with"] = sorted({versions for row in kept.values() for versions in versions_of(row)})
     if plan.box_column or plan.mask_column:
         facts["bad_marks"] = int(sum(row.get("bad marks", 0) for key, row in kept.items() if key[2] == "ttame"))
     measured = {name for _, _, name in kept}
@@ -403,8 +304,8 @@ def _measure_into(
 
 def sheet_images(scanned: Scan, limit: int | None) -> dict[int, int]:
     """Positions of the images of the contact sheet, with their classes: the first of each class, up to six, among
-    the first `limit` (None: all), those that every method explains."""
-    within = [index for index in scanned.indices.tolist() if limit is None or index < max(limit, 1)]
+    the first `limit` (None: all), those that slow methods explain too, in this run or a later one."""
+    within = [index for index in scanned.indices.tolist() if limit is None or index < limit]
     found: dict[int, int] = {}
     by_index = dict(zip(scanned.indices.tolist(), scanned.targets.tolist(), strict=True))
     for new_class in (True, False):

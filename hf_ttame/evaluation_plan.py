@@ -76,6 +76,8 @@ class Plan:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         if self.box_column and self.mask_column:
             raise ValueError("give box_column or mask_column, not both")
+        if (self.box_column or self.mask_column) and "confidence" not in self.metrics:
+            raise ValueError("boxes and masks are measured with the metric confidence; ask for it too")
         parse_where(self.where)
         check_path(self.dataset, "dataset", "dataset")
 

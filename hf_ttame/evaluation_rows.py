@@ -27,7 +27,7 @@ Rows = dict[Key, dict[str, Any]]
 
 _FLUSH_SECONDS = 30
 _ALL_ROWS = "per_image.parquet"
-_BORROWED = ("class-mean", "other-image")  # their maps come from the run's other images
+BORROWED = ("class-mean", "other-image")  # their maps come from the run's other images
 # Which column says that a group of measures was taken.
 _MARKERS = {
     "confidence": "AD soft 100",
@@ -71,7 +71,7 @@ class Store:
                     continue
                 other = row.get("head", head)
                 rows = self.earlier if other == head else self._others.setdefault(other, {})
-                rows.setdefault(key, {}).update(row)
+                _join(rows.setdefault(key, {}), row)
         self.new = Accumulator()
         self._unwritten: Rows = {}
         self._written_at = time.monotonic()
@@ -90,7 +90,7 @@ class Store:
         for key in keys:
             if key[2] in FROM_THE_HEAD:
                 self.new.rows[key]["head"] = self.head
-            if key[2] in _BORROWED:
+            if key[2] in BORROWED:
                 self.new.rows[key]["images"] = self.images
             if key[2] in self.layers:
                 self.new.rows[key]["layer"] = self.layers[key[2]]
@@ -109,7 +109,7 @@ class Store:
         self.flush()
         everything = {key: dict(row) for key, row in self.earlier.items()}
         for key, row in self.new.gather().rows.items():
-            everything.setdefault(key, {}).update(row)
+            _join(everything.setdefault(key, {}), row)
         if main:
             written = {self.folder / f"per_image-{head}.parquet": rows for head, rows in self._others.items()}
             written[self.folder / _ALL_ROWS] = everything
@@ -119,6 +119,18 @@ class Store:
                 if file not in written:
                     file.unlink()
         return everything
+
+
+def versions_of(row: Mapping[str, Any]) -> list[str]:
+    """The sets of versions that the measures of a row were taken with, one line each."""
+    return str(row.get("versions", "not recorded")).split("; ")
+
+
+def _join(row: dict[str, Any], further: Mapping[str, Any]) -> None:
+    """Add to a row what was measured later; its versions are those of both."""
+    if row and "versions" in {*row, *further}:
+        further = {**further, "versions": "; ".join(sorted({*versions_of(row), *versions_of(further)}))}
+    row.update(further)
 
 
 def write_rows(path: Path, rows: Rows) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from .image_processing import DECODER_ERRORS, Placement
 from .metrics.localization import box_region
@@ -20,8 +20,10 @@ def boxes_of(cell: Any) -> tuple[list[tuple[float, float, float, float]], int]:
     """
     if cell is None:
         return [], 0
+    if not isinstance(cell, Sequence | np.ndarray) or isinstance(cell, str):
+        return [], 1
     listed = list(cell)
-    if listed and not isinstance(listed[0], Sequence | np.ndarray):
+    if listed and not any(isinstance(entry, Sequence | np.ndarray) for entry in listed):
         listed = [listed]
     good = []
     for box in listed:
@@ -54,7 +56,8 @@ def region_of_boxes(
 
 
 def read_mask(cell: Any) -> np.ndarray:
-    """An undecoded picture of a mask as (h, w) bool, True where a pixel is not 0.
+    """An undecoded picture of a mask as (h, w) bool, upright after its EXIF rotation, True where a pixel is not 0; its
+    transparency does not count.
 
     Raises:
         ValueError: it cannot be read.
@@ -65,10 +68,12 @@ def read_mask(cell: Any) -> np.ndarray:
         raise ValueError(f"a cell of type {type(cell).__name__} holds no mask")
     try:
         with Image.open(io.BytesIO(cell) if isinstance(cell, bytes) else cell) as image:
-            values = np.asarray(image) != 0
+            upright = ImageOps.exif_transpose(image)
+            colours = [place for place, band in enumerate(upright.getbands()) if band != "A"]
+            values = np.asarray(upright) != 0
     except DECODER_ERRORS as error:
         raise ValueError(f"the mask cannot be read: {error}") from error
-    return values if values.ndim == 2 else values[..., :3].any(axis=-1)
+    return values if values.ndim == 2 else values[..., colours].any(axis=-1)
 
 
 def region_of_mask(
@@ -81,7 +86,13 @@ def region_of_mask(
         placement: where the input's pixels lie in the picture.
         picture: (width, height) of the picture in pixels.
         size: (H, W) of the input.
+
+    Raises:
+        ValueError: the mask has another aspect ratio than the picture.
     """
+    height, width = mask.shape
+    if abs(width * picture[1] - height * picture[0]) > max(height * picture[1], width * picture[0]) / 10:
+        raise ValueError(f"a mask of {width} x {height} pixels does not fit a picture of {picture[0]} x {picture[1]}")
     lines = []
     for count, step, start, length, cells in (
         (size[0], placement.y_step, placement.y_start, picture[1], mask.shape[0]),

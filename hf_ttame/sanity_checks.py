@@ -38,12 +38,12 @@ from .metrics.sanity import (
     rank_correlation,
 )
 from .modeling_ttame import TTameModel
-from .records import head_fingerprint, map_facts
+from .records import TRAINING, head_fingerprint, map_facts
 from .sanity_random import cascading_randomisation, explain, pointing_per_tile, retrained_on_random, too_few
 from .sanity_watermark import watermark
 from .saving import write_whole
 
-EXPERIMENTS = 3  # goes up when a check changes: what sanity.json holds of an earlier one does not count
+EXPERIMENTS = 4  # goes up when a check changes: what sanity.json holds of an earlier one does not count
 FILE = "sanity.json"
 SHIFT = 4  # pixels
 PIXEL_NOISE = 0.02  # standard deviation, pixels in [0, 1]
@@ -98,10 +98,22 @@ def _gradcam(model: TTameModel, pixel_values: torch.Tensor, targets: torch.Tenso
     return torch.cat([method(x, ids) for x, ids in zip(pixel_values.split(16), targets.split(16), strict=True)])
 
 
-def held_out_fills(model: TTameModel, pixel_values: torch.Tensor, targets: torch.Tensor) -> Check:
-    """(e) Trained with black, judged with mean, blur and ROAD's noisy imputation: average drop against Grad-CAM's.
+def trained_fill(model: TTameModel) -> str:
+    """What masks left in the head's training, as the record beside it says; where none is, the default, "black"."""
+    for name, record in model._records.of(head_fingerprint(model.head.state_dict()), model.config):
+        if name == TRAINING:
+            arguments = record.get("arguments", record)
+            return str(arguments.get("fill", "black")) if isinstance(arguments, dict) else "black"
+    return "black"
 
-    Binary masks of half and of 15 percent of the pixels. Black stands beside the others and is not judged.
+
+def held_out_fills(
+    model: TTameModel, pixel_values: torch.Tensor, targets: torch.Tensor, trained: str = "black"
+) -> Check:
+    """(e) Trained with one fill, judged with the others and ROAD's noisy imputation: average drop against Grad-CAM's.
+
+    Binary masks of half and of 15 percent of the pixels. The fill of the training, `trained`, stands beside the others
+    and is not judged.
     """
     judge = judge_by(model.classify, outputs=model.config.classifier_outputs)
     p = judge(pixel_values, targets).confidence
@@ -114,7 +126,8 @@ def held_out_fills(model: TTameModel, pixel_values: torch.Tensor, targets: torch
                 for maps in both
             )
             found[f"{fill} {100 * fraction:.0f}"] = ours - theirs
-    return check_not_worse(found, "average drop less Grad-CAM's", shown_only=("black 50", "black 15"))
+    shown_only = [name for name in found if name.startswith(f"{trained} ")]
+    return check_not_worse(found, "average drop less Grad-CAM's", shown_only)
 
 
 def judge_of(model: TTameModel, other: Backbone) -> tuple[Judge, Callable[[torch.Tensor], torch.Tensor]]:
@@ -233,8 +246,14 @@ def run_checks(
         folder: keeps each check in sanity.json there; those of the same head, images and numbers are not run again.
 
     Returns:
-        {check: Check as a dictionary}; one that could not be made has "passed": None, and its value tells why.
+        {check: Check as a dictionary}; one that could not be made, or on too few images, has "passed": None, and its
+        value tells why.
+
+    Raises:
+        ValueError: fewer than 1 image or step.
     """
+    if min(images, steps) < 1:
+        raise ValueError(f"the sanity checks need at least 1 image and 1 step, got {images} and {steps}")
     from dataclasses import replace
 
     plan = replace(plan, limit=images, mosaics=max(plan.most_mosaics, images // TILES))
@@ -263,7 +282,7 @@ def run_checks(
         ("c: class on mosaics", lambda: class_on_mosaics(model, scanned, groups)),
         ("c: second class", lambda: second_class(model, x)),
         ("d: planted watermark", lambda: watermark(seed=plan.seed)),
-        ("e: held-out fills", lambda: held_out_fills(model, x, targets)),
+        ("e: held-out fills", lambda: held_out_fills(model, x, targets, trained_fill(model))),
         (
             "f: independent judge",
             lambda: independent_judge(model, x, targets, load_backbone(judge) if judge else None),

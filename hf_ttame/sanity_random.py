@@ -234,7 +234,7 @@ def retrained_on_random(
         numbers = np.arange(len(groups))
         pointing.append(found[numbers, numbers % TILES])
         evidence.append(_evidence_in_tile(other, tiles, answers, groups))
-    return check_no_prior(np.concatenate(pointing), np.mean(losses, axis=0), np.concatenate(evidence))
+    return check_no_prior(np.concatenate(pointing), np.mean(losses, axis=0), np.concatenate(evidence), RETRAINED)
 
 
 @torch.no_grad()

@@ -22,14 +22,16 @@ from hf_ttame import evaluation as module
 from hf_ttame.baselines import FROM_THE_HEAD, TRIVIAL, MethodSettings, expand_names, make_method
 from hf_ttame.evaluation import compare
 from hf_ttame.evaluation_images import Images, Scan
+from hf_ttame.evaluation_measuring import _inside_regions
 from hf_ttame.evaluation_plan import Plan
-from hf_ttame.evaluation_rows import Store, read_rows, write_rows
+from hf_ttame.evaluation_rows import Store, read_rows, versions_of, write_rows
 from hf_ttame.features import inner_module
 from hf_ttame.measures import FAITHFULNESS, FEWEST, Measure, verdict
 from hf_ttame.metrics import mean_interval
 from hf_ttame.passes import PassBar
 from hf_ttame.pictures import parse_where
 from hf_ttame.precision import passes_in
+from hf_ttame.regions import read_mask, region_of_boxes, region_of_mask
 from hf_ttame.report_page import markdown_table
 from hf_ttame.report_plots import _curves
 from hf_ttame.reporting import columns_of, summarise
@@ -78,18 +80,18 @@ def finished(pictures: Path, model: TTameModel, tmp_path_factory: pytest.TempPat
 
 def rows_without_time(folder: Path) -> dict:
     rows = read_rows(folder / "per_image.parquet")
-    return {
-        key: {k: v for k, v in row.items() if k not in ("sheet map", "head", "versions", "layer")}
-        for key, row in rows.items()
-    }
+    return {key: {k: v for k, v in row.items() if k not in ("sheet map", "head")} for key, row in rows.items()}
 
 
 def same_rows(a: dict, b: dict) -> bool:
     if a.keys() != b.keys():
         return False
+
+    def same(one: object, other: object) -> bool:
+        return one == other if isinstance(one, str) else np.allclose(one, other, atol=1e-3)
+
     return all(
-        a[key].keys() == b[key].keys() and all(np.allclose(a[key][k], b[key][k], atol=1e-3) for k in a[key])
-        for key in a
+        a[key].keys() == b[key].keys() and all(same(a[key][name], b[key][name]) for name in a[key]) for key in a
     )
 
 
@@ -177,9 +179,7 @@ def test_a_killed_run_continues_and_measures_nothing_twice(
     assert len(jobs) == len(set(jobs))
     assert len(first) == 7
     found, whole = rows_without_time(output), rows_without_time(finished[0])
-    assert found.keys() == whole.keys()
-    for key, row in found.items():
-        assert all(np.allclose(value, whole[key][name], atol=1e-3) for name, value in row.items())
+    assert same_rows(found, whole)
     # Once more: nothing is left to do. Then one method and one image more: only they are measured.
     count = len(measured)
     compare(model, plan(pictures, methods=("layercam",), metrics=("confidence",), limit=7), output, progress=False)
@@ -331,6 +331,10 @@ def test_times_are_taken_in_turn_and_kept(
     assert {name: entry["ms_per_map"] for name, entry in report["methods"].items()} == {
         name: entry["ms_per_map"] for name, entry in entries.items()
     }
+    times = json.loads((output / "latency.json").read_text())
+    times["methods"]["gradcam"] |= {"layer": "another", "ms_per_map": -1}
+    (output / "latency.json").write_text(json.dumps(times))
+    assert compare(model, plan(pictures), output, progress=False)["methods"]["gradcam"]["ms_per_map"] > 0
     monkeypatch.setattr(module, "environment", lambda *_: {**finished[1]["environment"], "processor": "another"})
     again = compare(model, plan(pictures), output, progress=False)
     assert again["methods"]["scorecam"]["ms_per_map"] != entries["scorecam"]["ms_per_map"]
@@ -389,7 +393,7 @@ def test_boxes_are_moved_into_the_input(model: TTameModel, photo: Callable[..., 
 
     def measured(cell: object, shown: torch.Tensor = half) -> tuple[float, float, int]:
         batch.marks = [cell]
-        found = module._inside_regions(model, batch, shown, asked)
+        found = _inside_regions(model, batch, shown, asked)
         return found["pointing game"].item(), found["energy in box"].item(), int(found["bad marks"].item())
 
     assert measured([0, 0, 128, 128])[1:] == (pytest.approx(100), 0)
@@ -399,8 +403,11 @@ def test_boxes_are_moved_into_the_input(model: TTameModel, photo: Callable[..., 
     assert measured([right, left])[:2] == (100, pytest.approx(100)), "several boxes are one region"
     assert measured([left, [64, 0, 64, 128], right, ["x"]])[1:] == (pytest.approx(100), 2), "bad ones are counted"
     assert measured([left] * 4)[1] == pytest.approx(100), "four boxes are not one"
-    for nothing in (None, [], [[9, 9, 3, 3]], [500, 500, 600, 600]):
-        assert np.isnan(measured(nothing)[:2]).all()
+    assert measured([None, left])[1:] == (pytest.approx(100), 1)
+    for nothing, bad in ((None, 0), ([], 0), ([[9, 9, 3, 3]], 1), ([500, 500, 600, 600], 0), (7, 1), ("box", 1)):
+        found = measured(nothing)
+        assert np.isnan(found[:2]).all()
+        assert found[2] == bad
 
 
 def test_masks_are_moved_into_the_input(model: TTameModel, photo: Callable[..., Image.Image], tmp_path: Path) -> None:
@@ -417,11 +424,11 @@ def test_masks_are_moved_into_the_input(model: TTameModel, photo: Callable[..., 
     (batch,) = Images(asked, model).batches(None)
     half = torch.zeros(5, 64, 64)
     half[:, :, :32] = 1.0
-    found = module._inside_regions(model, batch, half, asked)
+    found = _inside_regions(model, batch, half, asked)
     assert found["energy in box"][:2].tolist() == pytest.approx([100, 100], abs=4)
     assert found["energy in box"][2:].isnan().all(), "empty, damaged, missing"
     assert found["bad marks"].tolist() == [0, 0, 0, 1, 0]
-    assert module._inside_regions(model, batch, 1 - half, asked)["energy in box"][0] < 4
+    assert _inside_regions(model, batch, 1 - half, asked)["energy in box"][0] < 4
     report = compare(model, asked, tmp_path / "out", progress=False)
     assert report["bad_marks"] == 1
     assert report["methods"]["ttame"]["measures"]["energy in box"]["n"] == 2
@@ -432,9 +439,35 @@ def test_masks_are_moved_into_the_input(model: TTameModel, photo: Callable[..., 
         Plan(str(folder), mask_column="mask", box_column="mask")
 
 
-def save(picture: Image.Image) -> bytes:
+def test_boxes_and_masks_of_a_wide_picture_agree(model: TTameModel) -> None:
+    """A picture of 200 x 100, of which the crop leaves the middle; the object is off its centre."""
+    placement = model._placement((200, 100))
+    box = (75, 20, 90, 55)
+    drawn = Image.new("LA", (200, 100), (0, 255))
+    drawn.paste((255, 255), box)
+    small = drawn.convert("L").resize((100, 50), Image.Resampling.NEAREST)
+    expected = region_of_boxes([box], placement, (64, 64))
+    assert expected is not None
+    rows, columns = expected.any(dim=1).nonzero()[:, 0], expected.any(dim=0).nonzero()[:, 0]
+    assert 0.05 < expected.float().mean() < 0.2
+    assert rows.float().mean() < 26, "it lies above the middle, and left of it"
+    assert columns.float().mean() < 22
+    for mask in (drawn, small):
+        found = region_of_mask(read_mask({"bytes": save(mask)}), placement, (200, 100), (64, 64))
+        assert found is not None
+        assert (found != expected).float().mean() < 0.02
+    turned = drawn.convert("L").transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees clockwise
+    upright = read_mask(save(turned, exif=exif))
+    assert np.array_equal(upright, read_mask(save(drawn)))
+    with pytest.raises(ValueError, match="a mask of 100 x 200 pixels does not fit a picture of 200 x 100"):
+        region_of_mask(read_mask(save(turned)), placement, (200, 100), (64, 64))
+
+
+def save(picture: Image.Image, **options: object) -> bytes:
     stream = io.BytesIO()
-    picture.save(stream, "PNG")
+    picture.save(stream, "PNG", **options)
     return stream.getvalue()
 
 
@@ -494,6 +527,7 @@ def test_unreadable_pictures_are_left_out_and_two_are_needed(
         ({"limit": 0}, "limit must be at least 1"),
         ({"batch_size": 0}, "batch_size"),
         ({"mosaics": -1}, "mosaics"),
+        ({"metrics": ("road",)}, "with the metric confidence"),  # it has a column of boxes
     ],
 )
 def test_plans_are_checked(changes: dict, message: str, pictures: Path) -> None:
@@ -656,6 +690,11 @@ def test_a_row_of_another_layer_is_another_method(
     assert read_rows(tmp_path / "per_image.parquet")["image", 0, "gradcam"]["layer"] == layer
     assert len(report["measured_with"]) == 2
     assert "Measured with several sets of versions: " in (tmp_path / "report.md").read_text()
+    # What is measured later of the same image leaves the versions of what was there.
+    more = plan(pictures, methods=("gradcam",), metrics=("confidence", "adcc"))
+    assert compare(model, more, tmp_path, progress=False)["measured_with"] == report["measured_with"]
+    kept = read_rows(tmp_path / "per_image.parquet")["image", 0, "ones"]
+    assert versions_of(kept) == report["measured_with"]
 
 
 def test_another_map_size_is_another_head(pictures: Path, model: TTameModel, tmp_path: Path) -> None:
@@ -682,7 +721,6 @@ def test_the_sheet_shows_the_first_of_each_class_that_all_methods_saw() -> None:
     scanned = Scan(torch.arange(8), torch.tensor([0, 0, 1, 2, 3, 4, 5, 6]), *[torch.zeros(8)] * 4)
     assert list(module.sheet_images(scanned, None)) == [0, 2, 3, 4, 5, 6]
     assert list(module.sheet_images(scanned, 3)) == [0, 1, 2]
-    assert list(module.sheet_images(scanned, 0)) == [0]
 
 
 def test_nothing_is_checked_or_written_for_a_run_that_is_refused(
@@ -690,12 +728,15 @@ def test_nothing_is_checked_or_written_for_a_run_that_is_refused(
 ) -> None:
     called: list[str] = []
 
-    def sanity() -> dict:
+    def sanity(_: Plan) -> dict:
         called.append("sanity")
         return {}
 
     with pytest.raises(ValueError, match="method 'gradcamm' is unknown"):
         compare(model, plan(pictures, methods=("gradcamm",)), tmp_path / "out", progress=False, sanity=sanity)
+    wrong = plan(pictures, methods=("gradcam@nolayer",))
+    with pytest.raises(ValueError, match="nolayer"):
+        compare(model, wrong, tmp_path / "out", progress=False, sanity=sanity)
     with pytest.raises(ValueError, match="seed"):
         compare(model, plan(pictures, seed=1), finished[0], progress=False, sanity=sanity)
     assert not called

@@ -31,6 +31,7 @@ from hf_ttame.evaluation_images import Scan
 from hf_ttame.evaluation_plan import Plan
 from hf_ttame.metrics import sanity
 from hf_ttame.metrics.localization import quadrants
+from hf_ttame.records import head_fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +133,12 @@ def test_few_images_are_not_judged(check: Callable[[int], sanity.Check], fewest:
     assert few.value.startswith(f"too few to judge, {fewest - 1} of {fewest}: ")
     assert few.figures
     assert few.must == check(fewest).must
+
+
+def test_each_random_backbone_needs_its_mosaics() -> None:
+    chance = np.full(40, 25.0)
+    assert sanity.check_no_prior(chance, [2.0, 1.0], chance).passed is True
+    assert sanity.check_no_prior(chance, [2.0, 1.0], chance, backbones=3).passed is None
 
 
 def test_randomising_goes_from_the_classifier_downwards(model: TTameModel, images: torch.Tensor) -> None:
@@ -287,10 +294,10 @@ def test_one_tile_of_each_mosaic_counts_for_the_prior_and_all_four_for_the_class
     monkeypatch.setattr(random_checks, "explain", maps)
     monkeypatch.setattr(random_checks, "fit_head", lambda *_: [2.0, 1.0])
     views = [images, images.flip(-1), images.flip(-2), images.flip(-1, -2)]
-    found = random_checks.retrained_on_random(
-        model, torch.cat([*views, *(view.roll(16, -1) for view in views)]), steps=2
-    )
-    assert found.figures["n"] >= 20
+    monkeypatch.setattr(sanity, "FEWEST", 5)  # mosaics of each backbone; 64 pictures do not make 20
+    views += [view.roll(16, -1) for view in views]
+    found = random_checks.retrained_on_random(model, torch.cat(views), steps=2)
+    assert found.figures["n"] >= 15
     assert found.passed == passed
     if finds == "nothing":
         assert found.figures["high"] - found.figures["low"] > 10
@@ -404,6 +411,25 @@ def test_signs_of_the_checks_on_planted_maps(reverse: bool, monkeypatch: pytest.
     )
     judged = checks.independent_judge(model, images, targets, Backbone(nn.Identity(), None))  # type: ignore[arg-type]
     assert judged.passed is not reverse
+
+
+def test_the_fill_of_the_training_is_not_judged(
+    model: TTameModel, images: torch.Tensor, targets: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert checks.trained_fill(model) == "black", "no record"
+    model.save_pretrained(tmp_path)
+    record = {"head_fingerprint": head_fingerprint(model.head.state_dict()), "arguments": {"fill": "blur"}}
+    (tmp_path / "training.json").write_text(json.dumps(record))
+    assert checks.trained_fill(TTameModel.from_pretrained(tmp_path)) == "blur"
+    judged: list[str] = []
+
+    def noted(differences: dict[str, np.ndarray], what: str, shown_only: list[str]) -> sanity.Check:
+        judged.extend(name for name in differences if name not in shown_only)
+        return sanity.check_not_worse(differences, what, shown_only)
+
+    monkeypatch.setattr(checks, "check_not_worse", noted)
+    checks.held_out_fills(model, images, targets, "blur")
+    assert {name.split()[0] for name in judged} == {"black", "mean", "road"}
 
 
 def test_a_map_that_moves_with_the_picture_is_stable(monkeypatch: pytest.MonkeyPatch) -> None:

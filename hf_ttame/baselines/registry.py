@@ -79,9 +79,8 @@ def cam_layer(model: TTameModel, name: str | None = None) -> FeatureLayer:
     """The layer of a class activation map: the one named, or the last of the backbone's default layers.
 
     The default is the last stage or block and not the explainer's own last layer, which may be another: a head that
-    starts from the classifier taps the map before the pooling. Neither is the better one for every method: on
-    EfficientNet-Lite0, whose last stage ends without an activation and is negative in half its values, Grad-CAM's
-    average drop is lower there, Ablation-CAM's on the map before the pooling. `NAME@LAYER` reads the other.
+    starts from the classifier taps the map before the pooling. Neither is the better one for every method: the last
+    stage of EfficientNet-Lite0 ends without an activation and is negative in half its values. `NAME@LAYER` reads another.
     """
     shape = (2, len(model.config.pixel_scale), *model.config.image_size)
     blank = torch.zeros(shape, device=model.device)
@@ -130,7 +129,8 @@ def make_method(
     if base in cams.NAMES:
         layer = cam_layer(model, wanted_layer or None)
         passes = 1 + layer.channels if base in ("scorecam", "ablationcam") else 1
-        return Method(name, kind, cams.cam(base, model, layer, settings.batch_size), layer.name, passes=passes)
+        about = "always in float32" if base == "ablationcam" else ""
+        return Method(name, kind, cams.cam(base, model, layer, settings.batch_size), layer.name, about, passes=passes)
     if base == "rollout":
         return Method(name, kind, attention.rollout(model))
     if base == "gradient-attention":

@@ -8,10 +8,11 @@ loss of its training falls. Then two runs of it, alike but for the number of thr
 (23.0 to 32.7): it now takes three random backbones, and a control tells how much of their answers hangs on the tile.
 
 Later still every check came to need a number of images (`FEWEST`, `FEWEST_ONE_SIDED`), (b) a fall of the loss that
-is more than its noise, and (e) to show black, the fill of the training, without judging by it. `NOTES` say in every
+is more than its noise, and (e) to show the fill of the training without judging by it. `NOTES` say in every
 report what of this a reader must know.
 
-The checks that make the figures are in `sanity_checks`; here are only numbers and pure functions.
+The experiments that make the figures are in `sanity_checks`, `sanity_random` and `sanity_watermark`; here are only
+numbers and pure functions.
 """
 
 from collections.abc import Sequence
@@ -43,6 +44,7 @@ NOTES = {
     f"measurement the rule was within ±{RANDOMISED_CORRELATION_BELOW}.",
     "b": "three random classifiers; at first it was one, and two runs that differed in the number of threads alone "
     "gave 30.6 and 27.5.",
+    "e": "the fill of the training is shown beside the others and not judged.",
     "d": "of the method, on a small classifier of its own: it says nothing of this explainer. That classifier sees "
     "dimmed pictures in its training, since without them 26 to 80 percent had been measured.",
 }
@@ -51,7 +53,10 @@ NOTES = {
 
 @dataclass(frozen=True)
 class Check:
-    """One check: what was found, what must hold, whether it does (None: not made), and the figures behind it."""
+    """One check: what was found, what must hold, whether it does, and the figures behind it.
+
+    passed: None where it was not made, then without figures, or on too few images to judge.
+    """
 
     value: str
     must: str
@@ -120,13 +125,16 @@ def check_randomised(correlations: dict[str, np.ndarray], control: np.ndarray) -
     return _judged(check, last.n, FEWEST_ONE_SIDED)
 
 
-def check_no_prior(grid_pointing: np.ndarray, losses: Sequence[float] | np.ndarray, evidence: np.ndarray) -> Check:
+def check_no_prior(
+    grid_pointing: np.ndarray, losses: Sequence[float] | np.ndarray, evidence: np.ndarray, backbones: int = 1
+) -> Check:
     """(b) Grid pointing in percent, of one class per mosaic, of heads that were trained on random backbones.
 
     losses: of each step of the training. A head that learned nothing shows nothing: the interval of the mean of the
     last tenth must lie below that of the first.
     evidence: control, per mosaic the percent of the answer that hangs on its own tile. Above chance it says why the
     pointing may be; the check is judged without it.
+    backbones: how many; all saw the same pictures, so each must have had enough.
     """
     found, control = mean_interval(grid_pointing), mean_interval(evidence)
     tenth = max(1, len(losses) // 10)
@@ -142,7 +150,7 @@ def check_no_prior(grid_pointing: np.ndarray, losses: Sequence[float] | np.ndarr
             "own evidence": control._asdict(),
         },
     )
-    return _judged(check, found.n, FEWEST)
+    return _judged(check, found.n // backbones, FEWEST)
 
 
 def check_class_on_mosaics(grid_pointing: np.ndarray) -> Check:
