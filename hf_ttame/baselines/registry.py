@@ -80,7 +80,8 @@ def cam_layer(model: TTameModel, name: str | None = None) -> FeatureLayer:
 
     The default is the last stage or block and not the explainer's own last layer, which may be another: a head that
     starts from the classifier taps the map before the pooling. Neither is the better one for every method: the last
-    stage of EfficientNet-Lite0 ends without an activation and is negative in half its values. `NAME@LAYER` reads another.
+    stage of EfficientNet-Lite0 ends without an activation and is negative in half its values. `NAME@LAYER` reads
+    another.
     """
     shape = (2, len(model.config.pixel_scale), *model.config.image_size)
     blank = torch.zeros(shape, device=model.device)
