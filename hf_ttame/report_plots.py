@@ -40,6 +40,8 @@ def _styles(methods: Sequence[str], kinds: dict[str, str]) -> dict[str, dict[str
             own = {"color": "black", "linewidth": 2.5, "zorder": 5}
         own.setdefault("color", colours[number % len(colours)])
         own["linestyle"] = {"trivial": ":", "perturbation": "--"}.get(kinds[name], "-")
+        if number >= len(colours):  # its colour is taken
+            own["linestyle"] = "-."
         styles[name] = own
     return styles
 
