@@ -184,6 +184,26 @@ def test_the_name_of_a_folder_of_pictures_is_not_shown(folder, tmp_path, name):
     assert "- Data: a local folder\n" in render_card(tmp_path / "x")
 
 
+def test_methods_that_saw_fewer_photographs_are_shown_on_the_same_ones(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "x")
+
+    def of(drop, n):
+        return {"AD soft 100": {"mean": drop, "low": drop - 1, "high": drop + 1, "n": n}}
+
+    def entry(drop, n, common):
+        return {"kind": "gradient", "measures": of(drop, n), "measures_common": of(common, 25)}
+
+    report = {"images": 40, "methods": {"ttame": entry(30.1, 40, 28.3), "slow": entry(27.2, 25, 27.2)}}
+    put(tmp_path / "x", "report.json", report)
+    first, second = render_card(tmp_path / "x").split("The same, on the photographs that every method explained:")
+    assert "| **ttame (this explainer)** | 40 | not measured | 30.1 / not measured |" in first
+    assert "| **ttame (this explainer)** | 25 | not measured | 28.3 / not measured |" in second
+    assert "| slow | 25 | not measured | 27.2 / not measured |" in second
+    report["methods"]["slow"] = entry(27.2, 40, 27.2)
+    put(tmp_path / "x", "report.json", report)
+    assert "The same, on the photographs" not in render_card(tmp_path / "x")
+
+
 def test_only_numbers_of_this_explainer_are_its_figures(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "x")
     config = json.loads((tmp_path / "x/config.json").read_text())
@@ -340,7 +360,8 @@ def test_the_shipped_explainer_can_be_published_with_its_card(tmp_path):
     sent = files_to_push(target, "model")[0]
     assert names <= {file.name for file in sent}
     check_contents(target, sent)
-    assert (target / "README.md").read_text().count("ttame (this explainer)") == 4  # two tables per report
+    # Two tables per report, and a third of the images that every method of the first explained.
+    assert (target / "README.md").read_text().count("ttame (this explainer)") == 5
 
 
 def test_further_reports(folder, tmp_path):
