@@ -80,9 +80,8 @@ def compare(
         model.to(accelerator.device)
     model.eval().to(memory_format=torch.channels_last)
     names = list(dict.fromkeys([*expand_names(plan.methods, model), *TRIVIAL]))
-    for name in names:
-        if name not in BORROWED:
-            make_method(name, model, plan.settings)  # a wrong layer or a missing package is told before hours of work
+    # A wrong layer or a missing package is told before hours of work.
+    ready = {name: make_method(name, model, plan.settings) for name in names if name not in BORROWED}
     check_outside(output, plan.dataset)
     identity = _identity(plan, output)
     if identity is not None and not os.path.exists(plan.dataset):
@@ -105,7 +104,7 @@ def compare(
         scanned = scan(model, images, plan, scan_bar)
     pace = world * (time.monotonic() - began) / len(scanned.indices)
     bank = scanned.bank()
-    methods = [make_method(name, model, plan.settings, bank) for name in names]
+    methods = [ready.get(name) or make_method(name, model, plan.settings, bank) for name in names]
     head = head_fingerprint(model.head.state_dict())
     of_the_maps = hashlib.sha256(map_facts(model.config).encode()).hexdigest()[:8]
     surroundings = environment(model.device, plan.precision)

@@ -179,6 +179,13 @@ def undecoded(dataset: datasets.IterableDataset, column: str) -> datasets.Iterab
     return dataset.select_columns([column])
 
 
+def bytes_or_path(cell: Any) -> Any:
+    """The bytes or the path of an undecoded cell {"bytes", "path"}; any other cell as it is."""
+    if isinstance(cell, dict):
+        return cell["bytes"] if cell.get("bytes") is not None else cell.get("path")
+    return cell
+
+
 def decode(value: Any, side: int | None = None) -> Image.Image:
     """RGB picture of an undecoded cell: a path, bytes, {"bytes", "path"} or a picture.
 
@@ -189,8 +196,7 @@ def decode(value: Any, side: int | None = None) -> Image.Image:
     Raises:
         ValueError: it is unreadable.
     """
-    if isinstance(value, dict):
-        value = value["bytes"] if value.get("bytes") is not None else value.get("path")
+    value = bytes_or_path(value)
     if value is None:
         raise ValueError("the cell is empty")
     if not isinstance(value, (bytes, str)):

@@ -10,6 +10,7 @@ from PIL import Image, ImageOps
 
 from .image_processing import DECODER_ERRORS, Placement
 from .metrics.localization import box_region
+from .pictures import bytes_or_path
 
 
 def boxes_of(cell: Any) -> tuple[list[tuple[float, float, float, float]], int]:
@@ -62,8 +63,7 @@ def read_mask(cell: Any) -> np.ndarray:
     Raises:
         ValueError: it cannot be read.
     """
-    if isinstance(cell, dict):
-        cell = cell["bytes"] if cell.get("bytes") is not None else cell.get("path")
+    cell = bytes_or_path(cell)
     if not isinstance(cell, (bytes, str)):
         raise ValueError(f"a cell of type {type(cell).__name__} holds no mask")
     try:

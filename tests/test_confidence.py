@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from map_pairs import map_and_increased
 
 from hf_ttame.masking import min_max
 from hf_ttame.metrics import average_drop, increase_in_confidence
@@ -97,12 +98,8 @@ def test_a_positive_affine_change_of_the_map_changes_no_mask(order: list[int], s
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.integers(0, 35), min_size=36, max_size=36), st.lists(st.integers(1, 50), min_size=36, max_size=36))
-def test_an_increasing_change_of_the_map_changes_no_binary_mask(values: list[int], rises: list[int]) -> None:
-    maps = torch.tensor(values).reshape(1, 6, 6)
-    risen = torch.tensor(rises).cumsum(dim=0)[maps]  # value k becomes the k-th of a rising list; ties stay ties
-    plain, changed = (
-        masked_confidence(brightness, PICTURE, torch.tensor([0]), x.float(), torch.zeros(3)) for x in (maps, risen)
-    )
+@given(map_and_increased())
+def test_an_increasing_change_of_the_map_changes_no_binary_mask(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+    plain, changed = (masked_confidence(brightness, PICTURE, torch.tensor([0]), x, torch.zeros(3)) for x in pair)
     for name in ("binary 50", "binary 15"):
         assert torch.equal(changed[name], plain[name]), name

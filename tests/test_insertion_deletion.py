@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from map_pairs import map_and_increased
 
 from hf_ttame.masking import keep_top
 from hf_ttame.metrics import Judgement, area_under, class_probability, confidence_curves, judge_by
@@ -51,14 +52,11 @@ def test_the_right_order_beats_the_reverse() -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.integers(0, 35), min_size=36, max_size=36), st.lists(st.integers(1, 50), min_size=36, max_size=36))
-def test_an_increasing_change_of_the_map_changes_no_curve(values: list[int], rises: list[int]) -> None:
+@given(map_and_increased())
+def test_an_increasing_change_of_the_map_changes_no_curve(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
     pixels = torch.rand(1, 3, 6, 6, generator=torch.Generator().manual_seed(0))
-    maps = torch.tensor(values).reshape(1, 6, 6)
-    risen = torch.tensor(rises).cumsum(dim=0)[maps]  # value k becomes the k-th of a rising list; ties stay ties
     plain, changed = (
-        confidence_curves(brightness, pixels, torch.tensor([0]), x.float(), torch.zeros_like(pixels), steps=6)
-        for x in (maps, risen)
+        confidence_curves(brightness, pixels, torch.tensor([0]), x, torch.zeros_like(pixels), steps=6) for x in pair
     )
     for name in ("insertion", "deletion"):
         assert torch.equal(changed[name], plain[name]), name

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from map_pairs import map_and_increased
 
 from hf_ttame.metrics import energy_inside, grid_pointing, pointing_game
 from hf_ttame.metrics.localization import box_region, fit, half_size, mosaic, quadrants
@@ -49,12 +50,11 @@ def test_a_region_and_its_complement_share_the_map(seed: int, scale: float) -> N
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(0, 35), min_size=36, max_size=36), st.lists(st.integers(1, 50), min_size=36, max_size=36))
-def test_an_increasing_change_of_the_map_keeps_the_pointing_game(values: list[int], rises: list[int]) -> None:
-    maps = torch.tensor(values).reshape(1, 6, 6)
-    risen = torch.tensor(rises).cumsum(dim=0)[maps]  # value k becomes the k-th of a rising list; ties stay ties
+@given(map_and_increased())
+def test_an_increasing_change_of_the_map_keeps_the_pointing_game(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+    maps, risen = pair
     region = quadrants((6, 6))[:1]
-    assert torch.equal(pointing_game(risen.float(), region), pointing_game(maps.float(), region))
+    assert torch.equal(pointing_game(risen, region), pointing_game(maps, region))
 
 
 def test_box_region_takes_pixels_by_their_centres() -> None:
