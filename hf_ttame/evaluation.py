@@ -114,7 +114,9 @@ def compare(
         rank,
         len(scanned.indices),
         {method.name: method.layer for method in methods if method.layer and method.name != "ttame"},
-        ", ".join(f"{name} {number}" for name, number in surroundings["versions"].items()),
+        ", ".join(
+            [*(f"{name} {number}" for name, number in surroundings["versions"].items()), surroundings["device"]]
+        ),
     )
     if accelerator:
         accelerator.wait_for_everyone()

@@ -5,8 +5,8 @@
     FOLDER/per_image-HEAD.parquet     rows of other heads that were measured in this folder before
 
 Rows of methods that show the classifier alone hold for any head: who trains a new one measures only its own rows. Each
-names the versions of the packages that it was measured with, and its layer where the method reads one: "gradcam" of
-another layer is another method.
+names the versions of the packages and the device that it was measured with, and its layer where the method reads one:
+"gradcam" of another layer is another method.
 """
 
 import time
@@ -47,7 +47,7 @@ class Store:
         rank: of this process.
         images: how many the run has: maps borrowed from other images are others where there are more.
         layers: of the methods that read one, their layer; rows of another are measured anew.
-        versions: of the packages that measure, one line.
+        versions: of the packages that measure, and the device, one line.
     """
 
     def __init__(

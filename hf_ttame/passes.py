@@ -43,6 +43,7 @@ class PassBar:
     def __init__(self, backbone: nn.Module, total: int, seconds: float, disable: bool = False):
         self._backbone, self._seconds = backbone, seconds
         self.count = 0
+        self._last = (0, 1.0)  # passes and seconds of the last step
         # Every pass costs about the same, so the mean over the run tells the time left.
         self.bar = tqdm(total=total, unit="pass", smoothing=0, miniters=1, mininterval=0.5, disable=disable)
 
@@ -63,12 +64,19 @@ class PassBar:
     @contextmanager
     def step(self, name: str, foretold: int) -> Iterator[None]:
         """A part of the work, named in the bar; afterwards its true passes replace the foretold ones."""
-        before = self.count
+        before, began = self.count, time.monotonic()
         self.bar.set_description(name)
         yield
+        self._last = (self.count - before, time.monotonic() - began)
         self.bar.total += self.count - before - foretold
 
     def images_in(self, seconds: float, passes: int) -> int:
-        """How many images, at least 1, can be measured in so many seconds, of `passes` passes each."""
+        """How many images, at least 1, can be measured in so many seconds, of `passes` passes each.
+
+        As many as the pace so far allows, or up to twice as many passes as the last step had, where it took less than
+        `seconds`: a GPU takes hardly longer for more at once, so the pace of few foretells nothing.
+        """
         pace = (time.monotonic() - self._began + self._seconds) / (self.count + 1)
-        return max(1, int(seconds / (passes * pace)))
+        count, took = self._last
+        most = max(seconds / pace, count * min(2.0, seconds / max(took, 1e-9)))
+        return max(1, int(most / passes))

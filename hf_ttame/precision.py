@@ -40,10 +40,14 @@ def passes_in(model: TTameModel, precision: str) -> Iterator[None]:
 
 @contextmanager
 def in_float32(model: TTameModel) -> Iterator[None]:
-    """Undo `passes_in` of the backbone while the block runs: for differences that lower precision would round away."""
+    """Undo `passes_in` of the backbone while the block runs: for differences that lower precision would round away.
+
+    Convolutions on a GPU do not round to TensorFloat-32 there either, as they do in PyTorch's default.
+    """
     lower = model.backbone.__dict__.pop("forward", None)
     try:
-        yield
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
     finally:
         if lower is not None:
             model.backbone.forward = lower

@@ -234,13 +234,23 @@ def ttame(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., CompletedPr
     logging.enable_progress_bar()
 
 
+def _forget_accelerate() -> None:
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.GradientState._reset_state()
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _fresh_accelerate() -> Iterator[None]:
     """Accelerate keeps its first settings for the whole process: each file of tests may choose its own."""
     yield
-    if state := sys.modules.get("accelerate.state"):
-        state.AcceleratorState._reset_state(reset_partial_state=True)
-        state.GradientState._reset_state()
+    _forget_accelerate()
+
+
+@pytest.fixture
+def fresh_accelerate() -> None:
+    """The same for one test: it chooses its own."""
+    _forget_accelerate()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -233,6 +233,27 @@ def test_every_map_is_foretold_shown_and_kept(
     assert foretold[1] < foretold[0]
 
 
+def test_parts_grow_where_more_images_take_no_longer(model: TTameModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("hf_ttame.passes.time.monotonic", lambda: clock[0])
+    images = torch.randn(1, 3, 64, 64)
+    with PassBar(model.backbone, 100, 8.0, disable=True) as bar, torch.no_grad():  # a cold start: 8 s for one pass
+
+        def step(count: int, seconds: float) -> None:
+            with bar.step("", count):
+                model.classify(images.expand(count, -1, -1, -1))
+                clock[0] += seconds
+
+        assert bar.images_in(15, 10) == 1
+        for count, room in ((10, 2), (20, 4), (40, 8), (80, 16)):  # always the same second
+            step(count, 1.0)
+            assert bar.images_in(15, 10) == room
+        step(160, 12.0)
+        assert bar.images_in(15, 10) == 20, "what took 12 s of 15 may grow by a quarter"
+        step(200, 30.0)
+        assert bar.images_in(15, 10) == round(15 / (54 / 511) / 10), "the pace of the whole run"
+
+
 def test_mosaics_follow_the_limit(pictures: Path) -> None:
     for limit, mosaics, most in ((4, None, 4), (500, None, 100), (None, None, 100), (4, 50, 50), (4, 0, 0)):
         assert plan(pictures, limit=limit, mosaics=mosaics).most_mosaics == most

@@ -13,7 +13,13 @@ from .contract import Explain
 
 
 def random_masks(
-    count: int, size: tuple[int, int], generator: torch.Generator, *, grid: int = 7, share: float = 0.5
+    count: int,
+    size: tuple[int, int],
+    generator: torch.Generator,
+    *,
+    grid: int = 7,
+    share: float = 0.5,
+    device: torch.device | str = "cpu",
 ) -> torch.Tensor:
     """Smooth random masks, section 3.3 of the paper.
 
@@ -25,19 +31,20 @@ def random_masks(
         generator: on the CPU.
         grid: cells along each side.
         share: probability of a one.
+        device: where the masks are enlarged; what is drawn is the same on any.
 
     Returns:
-        (count, H, W) in [0, 1].
+        (count, H, W) in [0, 1], on `device`.
     """
     height, width = size
     cell = (math.ceil(height / grid), math.ceil(width / grid))
-    coarse = (torch.rand(count, 1, grid, grid, generator=generator) < share).float()
+    coarse = (torch.rand(count, 1, grid, grid, generator=generator) < share).float().to(device)
     large = F.interpolate(
         coarse, size=((grid + 1) * cell[0], (grid + 1) * cell[1]), mode="bilinear", align_corners=False
     )[:, 0]
-    top = torch.randint(cell[0], (count,), generator=generator).tolist()
-    left = torch.randint(cell[1], (count,), generator=generator).tolist()
-    return torch.stack([mask[t : t + height, x : x + width] for mask, t, x in zip(large, top, left, strict=True)])
+    top = torch.randint(cell[0], (count, 1), generator=generator) + torch.arange(height)
+    left = torch.randint(cell[1], (count, 1), generator=generator) + torch.arange(width)
+    return large[torch.arange(count)[:, None, None], top[:, :, None], left[:, None, :]]
 
 
 @torch.no_grad()
@@ -61,7 +68,7 @@ def rise_steps(
     total = torch.zeros(len(pixel_values), size[0] * size[1], device=pixel_values.device)
     drawn = 32  # fixed, so that the masks are the same for every batch size
     for start in range(0, masks, drawn):
-        batch = random_masks(drawn, size, generator, share=share)[: masks - start].to(pixel_values)
+        batch = random_masks(drawn, size, generator, share=share, device=pixel_values.device)[: masks - start]
         images = pixel_values.repeat_interleave(len(batch), dim=0)
         covers = batch.repeat(len(pixel_values), 1, 1)
         wanted = class_ids.repeat_interleave(len(batch))

@@ -69,6 +69,7 @@ def _cycle(levels: Sequence[_Level], residual: torch.Tensor) -> torch.Tensor:
     return x + damping * (residual - _apply(level, x))
 
 
+@torch.backends.cudnn.flags(enabled=False)  # whose depth-wise convolutions may round to TensorFloat-32
 def impute(
     pixel_values: torch.Tensor,
     removed: torch.Tensor,
