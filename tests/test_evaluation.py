@@ -237,7 +237,7 @@ def test_parts_grow_where_more_images_take_no_longer(model: TTameModel, monkeypa
     clock = [0.0]
     monkeypatch.setattr("hf_ttame.passes.time.monotonic", lambda: clock[0])
     images = torch.randn(1, 3, 64, 64)
-    with PassBar(model.backbone, 100, 8.0, disable=True) as bar, torch.no_grad():  # a cold start: 8 s for one pass
+    with PassBar(model.backbone, 100, 80.0, disable=True) as bar, torch.no_grad():  # a cold start: 80 s for one pass
 
         def step(count: int, seconds: float) -> None:
             with bar.step("", count):
@@ -251,7 +251,7 @@ def test_parts_grow_where_more_images_take_no_longer(model: TTameModel, monkeypa
         step(160, 12.0)
         assert bar.images_in(15, 10) == 20, "what took 12 s of 15 may grow by a quarter"
         step(200, 30.0)
-        assert bar.images_in(15, 10) == round(15 / (54 / 511) / 10), "the pace of the whole run"
+        assert bar.images_in(15, 10) == 10, "what took 30 s is halved"
 
 
 def test_mosaics_follow_the_limit(pictures: Path) -> None:
