@@ -53,6 +53,7 @@ from .saving import (
     clean_configs,
     fetch_weights,
     fingerprint,
+    is_fingerprint_of,
     move_into,
     patiently,
     portable_config,
@@ -684,7 +685,7 @@ class TTameModel(PreTrainedModel):
                 "pass from_pretrained(..., backbone=FOLDER_OR_MODULE), or --backbone FOLDER"
             )
         self._check_backbone(found, strict)
-        if config.backbone_fingerprint != fingerprint(found.model):
+        if not is_fingerprint_of(config.backbone_fingerprint, found.model):
             self._records = Records("")  # measured and trained with another backbone
         if backbone is not None:
             self._record_backbone(found)
@@ -703,10 +704,9 @@ class TTameModel(PreTrainedModel):
             )
         check_names(found.model, [layer.name for layer in self.layers])
         recorded, actual = self.config.backbone_fingerprint, fingerprint(found.model)
-        if recorded != actual:
-            self._check_layers(found)
-        if recorded == actual:
+        if is_fingerprint_of(recorded, found.model):
             return
+        self._check_layers(found)
         # Values are comparable only in the dtype in which they were recorded.
         if not recorded or recorded.split(":")[0] != actual.split(":")[0]:
             message = (
@@ -745,14 +745,14 @@ class TTameModel(PreTrainedModel):
 
     def _record_backbone(self, found: Backbone) -> None:
         """Let the config name the backbone in use: what is saved next must not refer to another one."""
-        config, actual = self.config, fingerprint(found.model)
+        config = self.config
         named = (found.hub_id, found.revision)
-        if actual == config.backbone_fingerprint:  # the same weights, perhaps from another place
+        if is_fingerprint_of(config.backbone_fingerprint, found.model):  # the same weights, perhaps from another place
             if config.backbone is None:
                 config.backbone, config.backbone_revision = named
         elif found.hub_id is None or named != (config.backbone, config.backbone_revision):
             config.backbone, config.backbone_revision = named
-            config.backbone_fingerprint = actual
+            config.backbone_fingerprint = fingerprint(found.model)
             config.backbone_config = portable_config(found.model)
 
 

@@ -7,7 +7,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,17 +50,33 @@ LABELS = ("id2label", "label2id", "label_names")  # names of classes, which may 
 
 
 def fingerprint(backbone: nn.Module) -> str:
-    """ "dtype:hash" of names, shapes and some 4,096 evenly spaced values of every weight and buffer."""
-    digest = hashlib.sha256()
-    state = backbone.state_dict()
-    for name in sorted(state):
-        tensor = state[name].detach()
-        flat = tensor.flatten()
+    """ "dtype:hash" of the shapes and some 4,096 evenly spaced values of every weight and buffer.
+
+    Names do not count: transformers has renamed the weights of a model from one version to the next.
+    """
+    parts = sorted(hashlib.sha256(shape + values).digest() for _, shape, values in _weights(backbone))
+    return _fingerprint(backbone, parts)
+
+
+def is_fingerprint_of(recorded: str | None, backbone: nn.Module) -> bool:
+    """Whether `recorded` is of these weights; in explainers of the first form it was made of their names too."""
+    if recorded == fingerprint(backbone):
+        return True
+    named = [name + b" " + shape + values for name, shape, values in sorted(_weights(backbone))]
+    return recorded == _fingerprint(backbone, named)
+
+
+def _weights(backbone: nn.Module) -> Iterator[tuple[bytes, bytes, bytes]]:
+    """Name, shape and some values of every weight and buffer."""
+    for name, tensor in backbone.state_dict().items():
+        flat = tensor.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 4096)].to("cpu", torch.float64).contiguous()
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(sample.numpy().tobytes())
+        yield name.encode(), str(tuple(tensor.shape)).encode(), sample.numpy().tobytes()
+
+
+def _fingerprint(backbone: nn.Module, parts: Iterable[bytes]) -> str:
     dtype = str(next(backbone.parameters()).dtype).removeprefix("torch.")
-    return f"{dtype}:{digest.hexdigest()[:32]}"
+    return f"{dtype}:{hashlib.sha256(b''.join(parts)).hexdigest()[:32]}"
 
 
 def align(module: nn.Module) -> None:

@@ -23,7 +23,10 @@ from transformers import (
 from hf_ttame import Explanation, TTameConfig, TTameModel, TTameOutput, modeling_ttame
 from hf_ttame.image_processing import Normalisation, measure_placement, place_maps, preprocess
 from hf_ttame.layer_choice import PooledClassifier
-from hf_ttame.modeling_ttame import fingerprint, start_as_classifier
+from hf_ttame.modeling_ttame import start_as_classifier
+from hf_ttame.saving import fingerprint, is_fingerprint_of
+
+FORMAT_1 = Path(__file__).parent / "data" / "format_1"  # written by version 0.1.0, with its outputs
 
 
 def noise(batch: int = 2, size: int = 64, seed: int = 1) -> torch.Tensor:
@@ -422,6 +425,24 @@ def test_fingerprint_sees_small_changes(timm_cnn):
     assert fingerprint(changed) != fingerprint(timm_cnn)
 
 
+def test_fingerprint_does_not_see_names(timm_cnn):
+    """transformers 5.24 calls DINOv2's weights otherwise than 5.17."""
+    renamed = copy.deepcopy(timm_cnn)
+    renamed.first = renamed.bn1
+    del renamed.bn1
+    assert fingerprint(renamed) == fingerprint(timm_cnn)
+
+
+def test_fingerprints_of_the_first_form_still_hold():
+    recorded = json.loads((FORMAT_1 / "config.json").read_text())["backbone_fingerprint"]
+    model = TTameModel.from_pretrained(FORMAT_1, strict=True)
+    assert recorded != fingerprint(model.backbone)
+    assert is_fingerprint_of(recorded, model.backbone)
+    with torch.no_grad():
+        next(model.backbone.parameters()).flatten()[0] += 1e-6
+    assert not is_fingerprint_of(recorded, model.backbone)
+
+
 def test_head_in_float16(fresh, tmp_path):
     fresh.save_pretrained(tmp_path / "full")
     fresh.save_pretrained(tmp_path / "half", head_dtype=torch.float16)
@@ -783,7 +804,7 @@ def test_one_pixel_and_grey_pictures(vit, cnn):
 
 
 def test_an_explainer_of_format_1_still_loads():
-    folder = Path(__file__).parent / "data" / "format_1"  # written by version 0.1.0, with its outputs
+    folder = FORMAT_1
     expected = load_file(folder / "expected.safetensors")
     model = TTameModel.from_pretrained(folder, strict=True)
     assert json.loads((folder / "config.json").read_text())["format_version"] == 1
