@@ -57,7 +57,7 @@ def rise_steps(
     seed: int = 0,
     fill: str = "black",
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """RISE in steps of up to 32 masks: after each, the masks so far and the maps (B, H, W) that they make.
+    """RISE in steps of 32 masks, or as many times that as fit into a pass: after each, the masks so far and the maps (B, H, W) that they make.
 
     Arguments as of `rise` and of the method that it returns. Whoever wants no more masks, stops.
     """
@@ -67,8 +67,10 @@ def rise_steps(
     colour = model.fill(fill)
     total = torch.zeros(len(pixel_values), size[0] * size[1], device=pixel_values.device)
     drawn = 32  # fixed, so that the masks are the same for every batch size
-    for start in range(0, masks, drawn):
-        batch = random_masks(drawn, size, generator, share=share, device=pixel_values.device)[: masks - start]
+    times = max(1, batch_size // (drawn * len(pixel_values)))
+    for start in range(0, masks, times * drawn):
+        draws = [random_masks(drawn, size, generator, share=share, device=pixel_values.device) for _ in range(times)]
+        batch = torch.cat(draws)[: masks - start]
         images = pixel_values.repeat_interleave(len(batch), dim=0)
         covers = batch.repeat(len(pixel_values), 1, 1)
         wanted = class_ids.repeat_interleave(len(batch))
