@@ -172,6 +172,8 @@ def _further(report: Mapping[str, Any]) -> list[str]:
     titles = ["n", *(m.name + arrows[m.better] for m in measured)] if measured else []
     titles += ["forward", "backward", "ms", "times T-TAME"] * bool(cost)
     device = escape(report["environment"].get("device", NOT_RECORDED))
+    copies = report["environment"].get("copies per pass")  # which earlier reports do not name
+    device += f", up to {copies} perturbed copies per pass" if isinstance(copies, int) else ""
     lines = [
         "",
         "Lower (↓) or higher (↑) is better"

@@ -190,7 +190,7 @@ def compare(
             "slow mosaics": plan.slow_mosaics,
             "slow ADCC": plan.slow_adcc,
         },
-        "environment": surroundings,
+        "environment": {**surroundings, "copies per pass": plan.settings.batch_size},
     }
     kept = {key: row for key, row in everything.items() if key[2] in names}
     facts["measured_with"] = sorted({versions for row in kept.values() for versions in versions_of(row)})
@@ -203,7 +203,7 @@ def compare(
             [method for method in methods if method.name in measured],
             _first_pictures(Images(plan, model), targets),
             output,
-            {**facts["environment"], "copies per pass": plan.settings.batch_size},
+            facts["environment"],
             store.head,
             lambda name: latency_bar.set_postfix_str(name) or latency_bar.update(),
         )

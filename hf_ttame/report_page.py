@@ -122,8 +122,9 @@ def to_markdown(report: dict[str, Any]) -> str:
         "",
         f"Passes of the classifier, counted by hooks. Milliseconds of one map, one picture at a time, on "
         f"{where['processor'] if where['device'] == 'cpu' else where['device']} ({where['threads']} threads) in "
-        f"{where['precision']} where the table names no other precision, medians over the rounds; the ratio to "
-        "T-TAME's time, taken in turn, with its least and most.",
+        f"{where['precision']} where the table names no other precision, of perturbed copies up to "
+        f"{where['copies per pass']} per pass, medians over the rounds; the ratio to T-TAME's time, taken in turn, "
+        "with its least and most.",
         "",
     ]
     if len(report.get("measured_with", ())) > 1:

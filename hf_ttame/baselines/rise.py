@@ -57,9 +57,10 @@ def rise_steps(
     seed: int = 0,
     fill: str = "black",
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """RISE in steps of 32 masks, or as many times that as fit into a pass: after each, the masks so far and the maps (B, H, W) that they make.
+    """RISE in steps: after each, the masks so far and the maps (B, H, W) that they make.
 
-    Arguments as of `rise` and of the method that it returns. Whoever wants no more masks, stops.
+    A step draws 32 masks, or as many times 32 as fit into a pass; whoever wants no more, stops. Arguments as of `rise`
+    and of the method that it returns.
     """
     share = 0.5
     generator = torch.Generator().manual_seed(seed)
