@@ -362,11 +362,14 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
 ) -> None:
     """Measure one explainer: faithfulness, localisation, sanity. Writes a report with intervals and plots."""
+    from .baselines import MethodSettings
+
     plan = {
         **{"dataset": dataset, "split": split, "limit": limit, "curve_limit": curve_limit, "mosaics": mosaics},
         **{"where": where, "box_column": box_column, "mask_column": mask_column, "image_column": image_column},
         **{"revision": revision, "batch_size": batch_size, "precision": precision, "seed": seed},
         "methods": ("ttame",),
+        "settings": MethodSettings(batch_size=max(32, batch_size), seed=seed),
     }
     checks = {"images": sanity_images, "steps": sanity_steps, "judge": judge}
     _measure(model, backbone, metrics, plan, output, checks, contact_sheet)
@@ -519,6 +522,7 @@ def _measure(
     from .evaluation_plan import METRICS, Plan
     from .memory import keep_freed_memory
     from .paths import check_path
+    from .precision import passes_in
 
     groups = list(dict.fromkeys(metrics.replace(" ", "").strip(",").split(",")))
     if groups == ["all"]:
@@ -536,7 +540,8 @@ def _measure(
         from .sanity_checks import kept_checks, run_checks
 
         if "sanity" in groups:
-            return run_checks(explainer, plan, say=typer.echo, folder=output, **checks)
+            with passes_in(explainer, "float32"):
+                return run_checks(explainer, plan, say=typer.echo, folder=output, **checks)
         return kept_checks(explainer, plan, output)
 
     try:

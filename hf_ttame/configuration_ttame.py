@@ -21,6 +21,8 @@ class TTameConfig(PretrainedConfig):
         backbone_revision: the commit of `backbone` that the head was trained on.
         backbone_included: the backbone is saved beside the head, in the folder `backbone/`.
         backbone_fingerprint: short hash of the backbone's weights, checked on loading.
+        backbone_values: the same without the weights' names, checked where those are others, as in another version of
+            transformers.
         backbone_config: the backbone's own config.
         head_fingerprint: short hash of the head's weights, by which a report names the head that it measured.
         feature_layers: per tapped layer, fine to coarse: `name` (see `FeatureLayer`), `channels`, `grid` [h, w] at
@@ -50,6 +52,7 @@ class TTameConfig(PretrainedConfig):
         backbone_revision: str | None = None,
         backbone_included: bool = False,
         backbone_fingerprint: str | None = None,
+        backbone_values: str | None = None,
         backbone_config: dict[str, Any] | None = None,
         head_fingerprint: str | None = None,
         feature_layers: Sequence[dict[str, Any]] = (),
@@ -73,6 +76,7 @@ class TTameConfig(PretrainedConfig):
         self.backbone_revision = backbone_revision
         self.backbone_included = backbone_included
         self.backbone_fingerprint = backbone_fingerprint
+        self.backbone_values = backbone_values
         self.backbone_config = backbone_config or {}
         self.head_fingerprint = head_fingerprint
         self.feature_layers = [dict(layer) for layer in feature_layers]

@@ -43,6 +43,12 @@ def measure_batch(
     with Cost(model.backbone) as cost:
         maps = explain(x, targets).detach().float()
     count = len(targets)
+    if not bool(maps.isfinite().all()):
+        bad = batch.indices[~maps.isfinite().flatten(1).all(dim=1).cpu()].tolist()
+        raise ValueError(
+            f"{method.name} gives a map that is not finite for image {bad[0]}; measure in another --precision, or "
+            "leave the method out"
+        )
     shown = min_max(resize_maps(maps, (size[0], size[1])))
     found = {
         "forward": torch.full((count,), cost.forward / count),

@@ -53,11 +53,11 @@ from .saving import (
     clean_configs,
     fetch_weights,
     fingerprint,
-    is_fingerprint_of,
     move_into,
     patiently,
     portable_config,
     resolve_commit,
+    values_fingerprint,
 )
 
 MAX_MAP_SIDE = 56  # the map grid is the largest grid among the layers, at most this
@@ -211,6 +211,7 @@ class TTameModel(PreTrainedModel):
             backbone=loaded.hub_id,
             backbone_revision=loaded.revision,
             backbone_fingerprint=fingerprint(classifier),
+            backbone_values=values_fingerprint(classifier),
             backbone_config=portable_config(classifier),
             feature_layers=[layer.to_dict() for layer in layers],
             image_size=normalisation.size,
@@ -685,7 +686,7 @@ class TTameModel(PreTrainedModel):
                 "pass from_pretrained(..., backbone=FOLDER_OR_MODULE), or --backbone FOLDER"
             )
         self._check_backbone(found, strict)
-        if not is_fingerprint_of(config.backbone_fingerprint, found.model):
+        if not self._knows(found):
             self._records = Records("")  # measured and trained with another backbone
         if backbone is not None:
             self._record_backbone(found)
@@ -704,7 +705,7 @@ class TTameModel(PreTrainedModel):
             )
         check_names(found.model, [layer.name for layer in self.layers])
         recorded, actual = self.config.backbone_fingerprint, fingerprint(found.model)
-        if is_fingerprint_of(recorded, found.model):
+        if self._knows(found):
             return
         self._check_layers(found)
         # Values are comparable only in the dtype in which they were recorded.
@@ -721,6 +722,12 @@ class TTameModel(PreTrainedModel):
         if strict:
             raise ValueError(message)
         warnings.warn(message, stacklevel=4)
+
+    def _knows(self, found: Backbone) -> bool:
+        """Whether these are the weights that the config records, be it under other names."""
+        if self.config.backbone_fingerprint == fingerprint(found.model):
+            return True
+        return bool(self.config.backbone_values) and self.config.backbone_values == values_fingerprint(found.model)
 
     def _check_layers(self, found: Backbone) -> None:
         """Raise ValueError where a tapped layer has other channels, or another grid, than the head reads."""
@@ -747,12 +754,13 @@ class TTameModel(PreTrainedModel):
         """Let the config name the backbone in use: what is saved next must not refer to another one."""
         config = self.config
         named = (found.hub_id, found.revision)
-        if is_fingerprint_of(config.backbone_fingerprint, found.model):  # the same weights, perhaps from another place
+        if self._knows(found):  # the same weights, perhaps from another place
             if config.backbone is None:
                 config.backbone, config.backbone_revision = named
         elif found.hub_id is None or named != (config.backbone, config.backbone_revision):
             config.backbone, config.backbone_revision = named
             config.backbone_fingerprint = fingerprint(found.model)
+            config.backbone_values = values_fingerprint(found.model)
             config.backbone_config = portable_config(found.model)
 
 

@@ -1,7 +1,7 @@
 """Passes in lower precision where only speed asks for it: the modules compute in it, everything around in float32."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -18,7 +18,7 @@ def passes_in(model: TTameModel, precision: str) -> Iterator[None]:
 
     Args:
         model: the explainer, weights in float32.
-        precision: of PRECISIONS; "float32" changes nothing.
+        precision: of PRECISIONS; "float32" leaves the modules as they are, and is not rounded to TensorFloat-32.
 
     Raises:
         ValueError: another precision.
@@ -32,21 +32,36 @@ def passes_in(model: TTameModel, precision: str) -> Iterator[None]:
         lower = torch.autocast(model.device.type, PRECISIONS[precision])(module.forward)
         module.forward = convert_outputs_to_fp32(lower)
     try:
-        yield
+        with _without_tensorfloat() if precision == "float32" else nullcontext():
+            yield
     finally:
         for module in modules:
             del module.forward  # the class's own is back
 
 
 @contextmanager
-def in_float32(model: TTameModel) -> Iterator[None]:
-    """Undo `passes_in` of the backbone while the block runs: for differences that lower precision would round away.
+def _without_tensorfloat() -> Iterator[None]:
+    """Let no convolution on a GPU round float32 to TensorFloat-32, as it does by default, while the block runs."""
+    convolutions = getattr(torch.backends.cudnn, "conv", None)
+    holder, name, exact = (
+        (torch.backends.cudnn, "allow_tf32", False)  # before PyTorch 2.9
+        if convolutions is None
+        else (convolutions, "fp32_precision", "ieee")
+    )
+    before = getattr(holder, name)
+    setattr(holder, name, exact)
+    try:
+        yield
+    finally:
+        setattr(holder, name, before)
 
-    Convolutions on a GPU do not round to TensorFloat-32 there either, as they do in PyTorch's default.
-    """
+
+@contextmanager
+def in_float32(model: TTameModel) -> Iterator[None]:
+    """Undo `passes_in` of the backbone while the block runs: for differences that lower precision would round away."""
     lower = model.backbone.__dict__.pop("forward", None)
     try:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with _without_tensorfloat():
             yield
     finally:
         if lower is not None:

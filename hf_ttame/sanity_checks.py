@@ -174,7 +174,8 @@ def independent_judge(
             for maps in both
         )
         found[f"binary {100 * fraction:.0f}"] = ours - theirs
-    return check_not_worse(found, f"drop of {type(other.model).__name__} less that under Grad-CAM")
+    name = getattr(other.model.config, "architecture", None) or type(other.model).__name__  # timm's, or transformers'
+    return check_not_worse(found, f"drop of {name} less that under Grad-CAM")
 
 
 # ---- stability ----------------------------------------------------------------------------------------------------

@@ -50,20 +50,13 @@ LABELS = ("id2label", "label2id", "label_names")  # names of classes, which may 
 
 
 def fingerprint(backbone: nn.Module) -> str:
-    """ "dtype:hash" of the shapes and some 4,096 evenly spaced values of every weight and buffer.
-
-    Names do not count: transformers has renamed the weights of a model from one version to the next.
-    """
-    parts = sorted(hashlib.sha256(shape + values).digest() for _, shape, values in _weights(backbone))
-    return _fingerprint(backbone, parts)
+    """ "dtype:hash" of names, shapes and some 4,096 evenly spaced values of every weight and buffer."""
+    return _fingerprint(backbone, (b"".join(weight) for weight in sorted(_weights(backbone))))
 
 
-def is_fingerprint_of(recorded: str | None, backbone: nn.Module) -> bool:
-    """Whether `recorded` is of these weights; in explainers of the first form it was made of their names too."""
-    if recorded == fingerprint(backbone):
-        return True
-    named = [name + b" " + shape + values for name, shape, values in sorted(_weights(backbone))]
-    return recorded == _fingerprint(backbone, named)
+def values_fingerprint(backbone: nn.Module) -> str:
+    """The same in the order of the state dict and without the names, which transformers changes between versions."""
+    return _fingerprint(backbone, (shape + values for _, shape, values in _weights(backbone)))
 
 
 def _weights(backbone: nn.Module) -> Iterator[tuple[bytes, bytes, bytes]]:
@@ -71,7 +64,7 @@ def _weights(backbone: nn.Module) -> Iterator[tuple[bytes, bytes, bytes]]:
     for name, tensor in backbone.state_dict().items():
         flat = tensor.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 4096)].to("cpu", torch.float64).contiguous()
-        yield name.encode(), str(tuple(tensor.shape)).encode(), sample.numpy().tobytes()
+        yield f"{name} ".encode(), str(tuple(tensor.shape)).encode(), sample.numpy().tobytes()
 
 
 def _fingerprint(backbone: nn.Module, parts: Iterable[bytes]) -> str:

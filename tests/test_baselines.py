@@ -434,6 +434,13 @@ def test_rise_does_not_depend_on_batches(cnn: TTameModel) -> None:
     assert not torch.allclose(together, other)
 
 
+def test_rise_on_pixels_of_double_precision(cnn: TTameModel) -> None:
+    double, (x, ids) = copy.deepcopy(cnn).double(), (pixels(cnn), torch.tensor([0, 1]))
+    found = make_method("rise", double, MethodSettings(rise_masks=40)).explain(x.double(), ids)
+    expected = make_method("rise", cnn, MethodSettings(rise_masks=40)).explain(x, ids)
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
 def test_rise_masks_are_smooth_and_keep_half() -> None:
     masks = random_masks(200, (30, 45), torch.Generator().manual_seed(0))
     assert masks.shape == (200, 30, 45)

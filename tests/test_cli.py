@@ -3,6 +3,7 @@
 Most tests call it in this process; those of the start, of the exit and of what it launches are processes of their own.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -275,9 +276,10 @@ def test_evaluate_reports_on_one_explainer(
     for number in range(3):
         photo(seed=number).save(folder / f"{number}.png")
     common = ("evaluate", explainer, "--dataset", folder, "--output", tmp_path / "report")
-    done = ttame(*common, "--metrics", "confidence")
+    done = ttame(*common, "--metrics", "confidence", "--seed", "1")
     assert done.returncode == 0, done.stderr
     assert "report.md" in done.stdout
+    assert json.loads((tmp_path / "report" / "settings.json").read_text())["settings"]["seed"] == 1
     assert "| ttame |" in (tmp_path / "report" / "report.md").read_text()
     wrong = ttame(*common, "--metrics", "speed")
     assert wrong.returncode == 1

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -19,7 +20,7 @@ from torch import nn
 
 from hf_ttame import TTameModel, evaluation_rows
 from hf_ttame import evaluation as module
-from hf_ttame.baselines import FROM_THE_HEAD, TRIVIAL, MethodSettings, expand_names, make_method
+from hf_ttame.baselines import FROM_THE_HEAD, TRIVIAL, Method, MethodSettings, expand_names, make_method
 from hf_ttame.evaluation import compare
 from hf_ttame.evaluation_images import Images, Scan
 from hf_ttame.evaluation_measuring import _inside_regions
@@ -30,7 +31,7 @@ from hf_ttame.measures import FAITHFULNESS, FEWEST, Measure, verdict
 from hf_ttame.metrics import mean_interval
 from hf_ttame.passes import PassBar
 from hf_ttame.pictures import parse_where
-from hf_ttame.precision import passes_in
+from hf_ttame.precision import in_float32, passes_in
 from hf_ttame.regions import read_mask, region_of_boxes, region_of_mask
 from hf_ttame.report_page import markdown_table
 from hf_ttame.report_plots import _curves
@@ -762,6 +763,35 @@ def test_nothing_is_checked_or_written_for_a_run_that_is_refused(
         compare(model, plan(pictures, seed=1), finished[0], progress=False, sanity=sanity)
     assert not called
     assert not (tmp_path / "out").exists()
+
+
+def test_tensorfloat_is_off_in_float32_and_what_the_user_chose_comes_back(model: TTameModel) -> None:
+    convolutions = torch.backends.cudnn.conv
+    chosen = convolutions.fp32_precision
+    for before in ("tf32", "ieee"):
+        convolutions.fp32_precision = before
+        try:
+            with passes_in(model, "bfloat16"), in_float32(model):
+                assert convolutions.fp32_precision == "ieee"
+            with passes_in(model, "float32"):
+                assert convolutions.fp32_precision == "ieee"
+            assert convolutions.fp32_precision == before
+        finally:
+            convolutions.fp32_precision = chosen
+
+
+def test_a_map_that_is_not_finite_is_told_with_its_method(
+    pictures: Path, model: TTameModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(name: str, *rest) -> Method:
+        method = make_method(name, *rest)
+        if name != "gradcam":
+            return method
+        return replace(method, explain=lambda x, ids: torch.full((len(x), 4, 4), torch.nan))
+
+    monkeypatch.setattr(module, "make_method", made)
+    with pytest.raises(ValueError, match=r"gradcam gives a map that is not finite for image [01];"):
+        compare(model, plan(pictures), tmp_path, progress=False)
 
 
 def test_ablation_cam_stays_in_float32(model: TTameModel) -> None:

@@ -102,6 +102,12 @@ def test_judge_by_splits_batches_and_gives_the_softmax() -> None:
         class_probability(torch.ones(3), torch.zeros(3))
 
 
+def test_one_map_for_two_images_is_refused() -> None:
+    images, ids = torch.rand(2, 3, 8, 8), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="got 1 maps of 2 images"):
+        confidence_curves(brightness, images, ids, torch.rand(1, 8, 8), torch.zeros(1, 3, 8, 8))
+
+
 @pytest.mark.parametrize("steps", [0, -1])
 def test_no_steps_are_refused(steps: int) -> None:
     x = torch.zeros(1, 3, 2, 2)

@@ -24,7 +24,7 @@ from hf_ttame import Explanation, TTameConfig, TTameModel, TTameOutput, modeling
 from hf_ttame.image_processing import Normalisation, measure_placement, place_maps, preprocess
 from hf_ttame.layer_choice import PooledClassifier
 from hf_ttame.modeling_ttame import start_as_classifier
-from hf_ttame.saving import fingerprint, is_fingerprint_of
+from hf_ttame.saving import fingerprint, values_fingerprint
 
 FORMAT_1 = Path(__file__).parent / "data" / "format_1"  # written by version 0.1.0, with its outputs
 
@@ -425,22 +425,23 @@ def test_fingerprint_sees_small_changes(timm_cnn):
     assert fingerprint(changed) != fingerprint(timm_cnn)
 
 
-def test_fingerprint_does_not_see_names(timm_cnn):
-    """transformers 5.24 calls DINOv2's weights otherwise than 5.17."""
-    renamed = copy.deepcopy(timm_cnn)
-    renamed.first = renamed.bn1
-    del renamed.bn1
-    assert fingerprint(renamed) == fingerprint(timm_cnn)
+def test_a_backbone_is_known_by_its_values_where_names_have_changed(vit, hf_vit, tmp_path, monkeypatch):
+    vit.save_pretrained(tmp_path, include_backbone=False)
+    recorded = json.loads((tmp_path / "config.json").read_text())
+    known = fingerprint(hf_vit)
+    assert (recorded["backbone_fingerprint"], recorded["backbone_values"]) == (known, values_fingerprint(hf_vit))
+    other_names = {f"renamed.{name}": value for name, value in hf_vit.state_dict().items()}
+    monkeypatch.setattr(hf_vit, "state_dict", lambda: other_names)
+    assert fingerprint(hf_vit) != known
+    loaded = TTameModel.from_pretrained(tmp_path, backbone=hf_vit, strict=True)
+    assert loaded.config.backbone_fingerprint == known, "the record stays: rows and reports name it"
 
 
-def test_fingerprints_of_the_first_form_still_hold():
-    recorded = json.loads((FORMAT_1 / "config.json").read_text())["backbone_fingerprint"]
-    model = TTameModel.from_pretrained(FORMAT_1, strict=True)
-    assert recorded != fingerprint(model.backbone)
-    assert is_fingerprint_of(recorded, model.backbone)
-    with torch.no_grad():
-        next(model.backbone.parameters()).flatten()[0] += 1e-6
-    assert not is_fingerprint_of(recorded, model.backbone)
+def test_the_order_of_the_values_counts(timm_vit):
+    swapped = copy.deepcopy(timm_vit)
+    swapped.blocks = torch.nn.Sequential(*[timm_vit.blocks[i] for i in (1, 0, *range(2, len(timm_vit.blocks)))])
+    assert values_fingerprint(swapped) != values_fingerprint(timm_vit)
+    assert values_fingerprint(copy.deepcopy(timm_vit)) == values_fingerprint(timm_vit)
 
 
 def test_head_in_float16(fresh, tmp_path):

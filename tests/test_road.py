@@ -11,6 +11,7 @@ from map_pairs import map_and_increased
 
 from hf_ttame.metrics import Judgement, impute, road, road_curves
 from hf_ttame.metrics.ordering import pixel_ranks
+from hf_ttame.metrics.road import _by_sums, _neighbours
 
 
 def test_one_removed_pixel_becomes_the_weighted_mean_of_its_neighbours() -> None:
@@ -84,6 +85,12 @@ def test_an_imputation_that_stops_short_of_its_tolerance_says_so(monkeypatch) ->
         removed[0, 3, 3] = True
         monkeypatch.setattr(road, "_MAX_ITERATIONS", 1)
         impute(image, removed)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 5, 4), (1, 2, 16, 17)])
+def test_sums_of_neighbours_are_those_of_the_convolution(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(_by_sums(x), _neighbours(x))
 
 
 def test_degenerate_masks() -> None:

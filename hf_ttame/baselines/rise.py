@@ -71,7 +71,7 @@ def rise_steps(
     times = max(1, batch_size // (drawn * len(pixel_values)))
     for start in range(0, masks, times * drawn):
         draws = [random_masks(drawn, size, generator, share=share, device=pixel_values.device) for _ in range(times)]
-        batch = torch.cat(draws)[: masks - start]
+        batch = torch.cat(draws)[: masks - start].to(pixel_values)
         images = pixel_values.repeat_interleave(len(batch), dim=0)
         covers = batch.repeat(len(pixel_values), 1, 1)
         wanted = class_ids.repeat_interleave(len(batch))

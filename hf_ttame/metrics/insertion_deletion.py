@@ -71,10 +71,12 @@ def confidence_curves(
         {"insertion": (B, steps + 1), "deletion": (B, steps + 1)}; the area under them is `area_under`.
 
     Raises:
-        ValueError: less than one step, or maps that are not (B, h, w).
+        ValueError: less than one step, or maps that are not (B, h, w) of these images.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
+    if len(maps) != len(pixel_values):
+        raise ValueError(f"one map per image is needed, got {len(maps)} maps of {len(pixel_values)} images")
     height, width = pixel_values.shape[-2:]
     ranks = pixel_ranks(resize_maps(maps, (height, width)), seed)[:, None]
     whole = judge(pixel_values, targets).confidence
