@@ -53,7 +53,13 @@ PIXEL_NOISE = 0.02  # standard deviation, pixels in [0, 1]
 
 
 def class_on_mosaics(model: TTameModel, scanned: Scan, groups: Sequence[list[int]]) -> Check:
-    """(c) On mosaics of four classes, the map of each lies in its own quarter."""
+    """(c) On mosaics of four classes, the map of each lies in its own quarter.
+
+    Args:
+        model: the explainer.
+        scanned: of the images, with the tiles of confident ones.
+        groups: per mosaic four positions in `scanned.tiles`, of four different classes; fewer than 2: not made.
+    """
     if len(groups) < 2:
         return not_made(ON_MOSAICS_MUST, too_few(len(groups), "confident classes"))
     classes = scanned.targets[scanned.tile_rows]
@@ -64,6 +70,10 @@ def second_class(model: TTameModel, pixel_values: torch.Tensor) -> Check:
     """(c) The map of the second most likely class keeps that class better than the map of the first does.
 
     Both as binary masks of half the pixels, so that neither is brighter.
+
+    Args:
+        model: the explainer.
+        pixel_values: (B, C, H, W), normalised.
     """
     with torch.no_grad():
         logits = torch.cat([model.classify(x) for x in pixel_values.split(32)])
@@ -112,8 +122,14 @@ def held_out_fills(
 ) -> Check:
     """(e) Trained with one fill, judged with the others and ROAD's noisy imputation: average drop against Grad-CAM's.
 
-    Binary masks of half and of 15 percent of the pixels. The fill of the training, `trained`, stands beside the others
-    and is not judged.
+    Binary masks of half and of 15 percent of the pixels. The fill of the training stands beside the others and is not
+    judged.
+
+    Args:
+        model: the explainer.
+        pixel_values: (B, C, H, W), normalised.
+        targets: (B,), the predicted classes.
+        trained: "black", "mean" or "blur".
     """
     judge = judge_by(model.classify, outputs=model.config.classifier_outputs)
     p = judge(pixel_values, targets).confidence
@@ -160,7 +176,14 @@ def independent_judge(
     model: TTameModel, pixel_values: torch.Tensor, targets: torch.Tensor, other: Backbone | None
 ) -> Check:
     """(f) What another architecture still sees on the same masked pictures: its drop in its own class, against
-    Grad-CAM's maps. A map that only fools the classifier it was trained on does not help another one."""
+    Grad-CAM's maps. A map that only fools the classifier it was trained on does not help another one.
+
+    Args:
+        model: the explainer.
+        pixel_values: (B, C, H, W), normalised for `model`.
+        targets: (B,), the classes that the maps explain.
+        other: the judge; None: the check is not made.
+    """
     if other is None:
         return not_made(not_worse_must("drop of another classifier less that under Grad-CAM"), "no --judge given")
     judge, predict = judge_of(model, other)
@@ -182,7 +205,14 @@ def independent_judge(
 
 
 def stability(model: TTameModel, pixel_values: torch.Tensor, targets: torch.Tensor, seed: int = 0) -> Check:
-    """(g) Maps after a shift by 4 pixels (undone in the map) and after weak noise; and the same map twice."""
+    """(g) Maps after a shift by 4 pixels (undone in the map) and after weak noise; and the same map twice.
+
+    Args:
+        model: the explainer.
+        pixel_values: (B, C, H, W), normalised.
+        targets: (B,).
+        seed: of the noise.
+    """
     size = (pixel_values.shape[-2], pixel_values.shape[-1])
     plain = explain(model, pixel_values, targets)
     repeat = float((plain - explain(model, pixel_values, targets)).abs().max())

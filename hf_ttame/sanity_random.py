@@ -65,6 +65,12 @@ def randomise(backbone: nn.Module, share: float, pixel_values: torch.Tensor, see
 
     Weight matrices are drawn from a normal distribution of their own spread; vectors (biases, norms) are shuffled.
     Statistics of batch norms are measured anew on `pixel_values`, as they are of a network that nobody trained.
+
+    Args:
+        backbone: is changed.
+        share: in [0, 1], of the modules with weights.
+        pixel_values: (B, C, H, W), normalised.
+        seed: of the draw.
     """
     generator = torch.Generator().manual_seed(seed)
     modules = modules_in_order(backbone, pixel_values)
@@ -96,6 +102,12 @@ def cascading_randomisation(
     """(a) The same head on a backbone whose layers are randomised from the top (Adebayo et al., arXiv 1810.03292).
 
     Per image the mean over several random backbones: the maps of one alone lean one way, like or unlike the true ones.
+
+    Args:
+        model: the explainer; it is left as it is.
+        pixel_values: (B, C, H, W), normalised; of a batch norm's statistics, the first 32.
+        targets: (B,), the classes to explain.
+        seed: of the random weights.
     """
     true = explain(model, pixel_values, targets)
     found = {}
@@ -209,6 +221,13 @@ def retrained_on_random(
     mosaic one tile counts, in turn: over all four tiles every map that ignores the class has a mean of 25 % exactly.
     Several random backbones, as one alone says little. A control tells how much of an answer truly hangs on its tile
     (`_evidence_in_tile`): a map that shows as much shows what the backbone used, and is no prior.
+
+    Args:
+        model: the explainer; it is left as it is.
+        pixel_values: (B, C, H, W), normalised: to train on, and the tiles.
+        steps: of each training.
+        batch_size: of each step.
+        seed: of weights, heads and batches.
     """
     tiles = half_size(pixel_values.float().contiguous(), (pixel_values.shape[-2], pixel_values.shape[-1]))
     pointing, evidence, losses = [], [], []

@@ -29,6 +29,11 @@ def test_entropy_lies_in_0_1_and_ignores_the_scale(values: list[float], scale: f
         assert entropy(maps * scale).item() == pytest.approx(found.item(), abs=1e-5)
 
 
+def test_a_threshold_in_percent_is_refused() -> None:
+    with pytest.raises(ValueError, match="threshold must lie in"):
+        area(torch.rand(1, 4, 4), threshold=50)
+
+
 def test_area_by_hand() -> None:
     maps = torch.tensor([[[0.0, 2.0], [4.0, 3.0]], [[1.0, 1.0], [1.0, 1.0]]])
     # Scaled: 0, 0.5, 1, 0.75: two of four are above a half. All ones: everything.

@@ -76,6 +76,11 @@ def test_mosaic_lays_tiles_where_quadrants_say() -> None:
         mosaic(tiles[:3])
 
 
+def test_a_fifth_tile_is_refused() -> None:
+    with pytest.raises(ValueError, match="tiles must be 0 to 3"):
+        grid_pointing(torch.rand(1, 4, 4), torch.tensor([4]))
+
+
 def test_grid_pointing_by_hand() -> None:
     maps = torch.zeros(3, 4, 4)
     maps[0, :2, 2:] = 1.0  # all of it top right

@@ -31,7 +31,12 @@ def area(maps: torch.Tensor, threshold: float = 0.5) -> torch.Tensor:
     Args:
         maps: (B, h, w), any range.
         threshold: in [0, 1], of the scaled values.
+
+    Raises:
+        ValueError: the threshold lies outside [0, 1].
     """
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold must lie in [0, 1], of the map's scaled values, got {threshold}")
     return (min_max(maps) > threshold).float().mean(dim=(-2, -1))
 
 

@@ -122,7 +122,9 @@ def grid_pointing(maps: torch.Tensor, tiles: torch.Tensor) -> torch.Tensor:
         tiles: (B,) in 0..3, where the image of the explained class lies.
 
     Raises:
-        ValueError: the maps are not (B, H, W), one per tile, or a tile holds no pixel.
+        ValueError: the maps are not (B, H, W), one per tile, or a tile holds no pixel or is none of the four.
     """
+    if not bool(((tiles >= 0) & (tiles < TILES)).all()):
+        raise ValueError(f"tiles must be 0 to {TILES - 1}, top left to bottom right, got {tiles.tolist()[:8]}")
     regions = quadrants((maps.shape[-2], maps.shape[-1])).to(maps.device)[tiles]
     return energy_inside(min_max(maps), regions)
