@@ -409,7 +409,9 @@ def test_signs_of_the_checks_on_planted_maps(reverse: bool, monkeypatch: pytest.
     monkeypatch.setattr(
         checks, "judge_of", lambda *_: (checks.judge_by(model.classify), lambda x: model.classify(x).argmax(dim=1))
     )
-    judged = checks.independent_judge(model, images, targets, Backbone(nn.Identity(), None))  # type: ignore[arg-type]
+    judge = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(architecture="resnet50")))
+    judged = checks.independent_judge(model, images, targets, judge)  # type: ignore[arg-type]
+    assert "resnet50" in judged.must
     assert judged.passed is not reverse
 
 
