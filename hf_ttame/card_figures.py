@@ -153,9 +153,9 @@ def _confidence_table(report: Mapping[str, Any]) -> list[str]:
 
 
 def _images(report: Mapping[str, Any], method: str, measures: Sequence[str]) -> str:
-    """On how many images, or mosaics, these measures of a method stand: "1,000", or "100 / 1,000"."""
-    counts = {report["counts"][method].get(measure) for measure in measures} - {None}
-    return " / ".join(_count(n) for n in sorted(counts)) or NOT_RECORDED
+    """On how many images, or mosaics, these measures of a method stand, in their order: "1,000", or "100 / 1,000"."""
+    counts = dict.fromkeys(n for measure in measures if (n := report["counts"][method].get(measure)) is not None)
+    return " / ".join(map(_count, counts)) or NOT_RECORDED
 
 
 def _shown(method: str) -> str:
@@ -171,14 +171,17 @@ def _further(report: Mapping[str, Any]) -> list[str]:
     arrows = {"lower": " ↓", "higher": " ↑"}
     titles = ["n", *(m.name + arrows[m.better] for m in measured)] if measured else []
     titles += ["forward", "backward", "ms", "times T-TAME"] * bool(cost)
-    device = escape(report["environment"].get("device", NOT_RECORDED))
-    copies = report["environment"].get("copies per pass")  # which earlier reports do not name
+    where = report["environment"]
+    device = where.get("device", NOT_RECORDED)
+    device = escape((device == "cpu" and where.get("processor")) or device)
+    copies = where.get("copies per pass")  # which earlier reports do not name
     device += f", up to {copies} perturbed copies per pass" if isinstance(copies, int) else ""
     lines = [
         "",
         "Lower (↓) or higher (↑) is better"
-        + ("; n: images, of grid pointing mosaics" if measured else "")
-        + (f"; passes of the classifier and milliseconds for one map, alone, on {device}" if cost else "")
+        + ("; n: images, of grid pointing mosaics, in the order of the columns" if measured else "")
+        + (f"; passes of the classifier and median milliseconds for one map, alone, on {device}" if cost else "")
+        + ("; the median ratio to T-TAME's time, which was taken in turn" if cost else "")
         + ":",
         "",
         "| map | " + " | ".join(titles) + " |",

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-from .measures import FAITHFULNESS, ORDERS, PLACES, Measure, verdict_table
+from .measures import FAITHFULNESS, FEWEST, ORDERS, PLACES, Measure, verdict_table
 
 
 def markdown_table(
     methods: Sequence[str], kinds: dict[str, str], means: dict[str, Any], measures: Sequence[Measure]
 ) -> str:
-    """Methods by measures, intervals in brackets, with n, the number of images or mosaics.
+    """Methods by measures, intervals in brackets, with n, the numbers of images or mosaics in the columns' order.
 
     In each column the best of the methods that are not trivial is bold, and a trivial map that does at least as well
     is marked with a dagger: both among those with the most images, as others cannot be compared across.
@@ -51,7 +51,7 @@ def markdown_table(
                 text += f" ({entry['low']:.{measure.digits}f} to {entry['high']:.{measure.digits}f})"
             cells.append(text)
         label = f"*{name}*" if kinds[name] == "trivial" else name
-        counts = sorted({means[name][m.name]["n"] for m in measures if means[name].get(m.name)})
+        counts = dict.fromkeys(means[name][m.name]["n"] for m in measures if means[name].get(m.name))
         lines.append(f"| {label} | {' / '.join(f'{n:,d}' for n in counts)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -67,11 +67,12 @@ def to_markdown(report: dict[str, Any]) -> str:
         f"{report['images']} images of {report['data']}, predicted class, the same for all methods"
         + (f"; {report['unreadable']} more could not be read" if report.get("unreadable") else "")
         + (f"; {report['bad_marks']} boxes or masks could not be read" if report.get("bad_marks") else "")
-        + ". A row with a smaller n was measured on the first ones alone and is not to be set beside one with more. "
-        "Means with 95 % bootstrap intervals. In italics trivial maps: `ones` and `gaussian` know nothing, "
+        + ". n: images, of grid pointing mosaics, in the order of the columns. A row with a smaller n was measured "
+        "on the first ones alone and is not to be set beside one with more. Means with 95 % bootstrap intervals, "
+        "which of one image say nothing. In italics trivial maps: `ones` and `gaussian` know nothing, "
         "`class-mean` the class alone, `other-image` is that of another image, `random-blob` has the values of "
-        "T-TAME's map in a random place. Bold: best of the others with the most images; †: a trivial map that does no "
-        "worse. Settings: `report.json`.",
+        "T-TAME's map in a random place. Bold: best of the methods that are not trivial with the most images; †: a "
+        "trivial map that does no worse. Settings: `report.json`.",
         "",
     ]
     sections: list[tuple[str, str, Sequence[Measure]]] = [
@@ -90,7 +91,7 @@ def to_markdown(report: dict[str, Any]) -> str:
         (
             "Place, coherence and spread",
             "Grid pointing: percent of the map's energy in the right quarter of a mosaic, chance is 25. Entropy: 1 is "
-            "uniform. Area: share of pixels above half of the maximum.",
+            "uniform. Area: share of pixels above half of the maximum." + _without_mosaics(report),
             PLACES,
         ),
     ]
@@ -118,13 +119,13 @@ def to_markdown(report: dict[str, Any]) -> str:
             f"{' to '.join(map(str, entry.get('times_ttame_range', ())))} | {entry.get('rounds', '')} |"
         )
     where = report["environment"]
+    threads = f"{where['threads']} thread{'s' if where['threads'] > 1 else ''}"
     lines += [
         "",
         f"Passes of the classifier, counted by hooks. Milliseconds of one map, one picture at a time, on "
-        f"{where['processor'] if where['device'] == 'cpu' else where['device']} ({where['threads']} threads) in "
-        f"{where['precision']} where the table names no other precision, of perturbed copies up to "
-        f"{where['copies per pass']} per pass, medians over the rounds; the ratio to T-TAME's time, taken in turn, "
-        "with its least and most.",
+        f"{where['processor'] if where['device'] == 'cpu' else where['device']} ({threads}) in {where['precision']} "
+        f"where the table names no other precision, up to {where['copies per pass']} perturbed copies per pass, "
+        "medians over the rounds; the median ratio to T-TAME's time, taken in turn, with its least and most.",
         "",
     ]
     if len(report.get("measured_with", ())) > 1:
@@ -133,7 +134,8 @@ def to_markdown(report: dict[str, Any]) -> str:
         lines += [
             "## T-TAME against each method",
             "",
-            "Paired 95 % intervals of the difference; better or worse where 0 lies outside, else open.",
+            "Paired 95 % intervals of the difference; better or worse where 0 lies outside, else open, "
+            f"as always on fewer than {FEWEST} images.",
             "",
             *verdict_table(report["differences"]),
             "",
@@ -150,3 +152,11 @@ def to_markdown(report: dict[str, Any]) -> str:
     for title, file in report["pictures"].items():
         lines += [f"![{title}]({file})", ""]
     return "\n".join(lines)
+
+
+def _without_mosaics(report: dict[str, Any]) -> str:
+    """Why grid pointing, though asked for, has no column."""
+    if "mosaic" not in report["settings"].get("metrics", ()) or report["mosaics"]:
+        return ""
+    least = report["settings"]["mosaic_confidence"]
+    return f" No mosaic was made: too few images of four different classes, each with a confidence of {least} or more."

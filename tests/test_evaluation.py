@@ -33,7 +33,7 @@ from hf_ttame.passes import PassBar
 from hf_ttame.pictures import parse_where
 from hf_ttame.precision import in_float32, passes_in
 from hf_ttame.regions import read_mask, region_of_boxes, region_of_mask
-from hf_ttame.report_page import markdown_table
+from hf_ttame.report_page import markdown_table, to_markdown
 from hf_ttame.report_plots import _curves
 from hf_ttame.reporting import columns_of, summarise
 
@@ -253,6 +253,14 @@ def test_parts_grow_where_more_images_take_no_longer(model: TTameModel, monkeypa
         assert bar.images_in(15, 10) == 20, "what took 12 s of 15 may grow by a quarter"
         step(200, 30.0)
         assert bar.images_in(15, 10) == 10, "what took 30 s is halved"
+
+
+def test_a_report_without_mosaics_says_why(finished: tuple[Path, dict]) -> None:
+    asked = {**finished[1], "mosaics": 0}
+    assert "No mosaic was made: too few images of four different classes" in to_markdown(asked)
+    assert "No mosaic" not in to_markdown(finished[1])
+    not_asked = {**asked, "settings": {**asked["settings"], "metrics": ["confidence"]}}
+    assert "No mosaic" not in to_markdown(not_asked)
 
 
 def test_mosaics_follow_the_limit(pictures: Path) -> None:

@@ -100,7 +100,9 @@ def test_strict_in_another_dtype_and_without_a_record(vit, vit_folder, tmp_path)
     with pytest.raises(ValueError, match="is not known"):
         TTameModel.from_pretrained(tmp_path / "x", backbone=make_vit().to(torch.bfloat16), strict=True)
     config = json.loads((tmp_path / "x/config.json").read_text())
-    (tmp_path / "x/config.json").write_text(json.dumps({**config, "backbone_fingerprint": None}))
+    (tmp_path / "x/config.json").write_text(
+        json.dumps({**config, "backbone_fingerprint": None, "backbone_values": None})
+    )
     with pytest.raises(ValueError, match=r"is not known \(recorded: None\)"):
         TTameModel.from_pretrained(tmp_path / "x", backbone=make_vit(), strict=True)
     with pytest.warns(UserWarning, match=r"is not known \(recorded: None\)"):

@@ -42,8 +42,9 @@ FEWEST_ONE_SIDED = 10
 NOTES = {
     "a": "the sign counts: a map that is dark where the true one is bright does not resemble it. Before the first "
     f"measurement the rule was within ±{RANDOMISED_CORRELATION_BELOW}.",
-    "b": "three random classifiers; at first it was one, and two runs that differed in the number of threads alone "
-    "gave 30.6 and 27.5. The interval counts the mosaics of all three as independent, which makes it a little narrow.",
+    "b": "three random classifiers; at first it was one, and on EfficientNet-Lite0 two runs unlike in the number of "
+    "threads alone gave 30.6 and 27.5. The interval counts the mosaics of all three as independent, which makes it a "
+    "little narrow.",
     "e": "the fill of the training is shown beside the others and not judged.",
     "d": "of the method, on a small classifier of its own: it says nothing of this explainer. That classifier sees "
     "dimmed pictures in its training, since without them 26 to 80 percent had been measured.",
