@@ -522,7 +522,6 @@ def _measure(
     from .evaluation_plan import METRICS, Plan
     from .memory import keep_freed_memory
     from .paths import check_path
-    from .precision import passes_in
 
     groups = list(dict.fromkeys(metrics.replace(" ", "").strip(",").split(",")))
     if groups == ["all"]:
@@ -540,8 +539,7 @@ def _measure(
         from .sanity_checks import kept_checks, run_checks
 
         if "sanity" in groups:
-            with passes_in(explainer, "float32"):
-                return run_checks(explainer, plan, say=typer.echo, folder=output, **checks)
+            return run_checks(explainer, plan, say=typer.echo, folder=output, **checks)
         return kept_checks(explainer, plan, output)
 
     try:

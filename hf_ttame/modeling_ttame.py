@@ -685,17 +685,18 @@ class TTameModel(PreTrainedModel):
                 f"{source!r} holds a head alone and its backbone has no Hub id; "
                 "pass from_pretrained(..., backbone=FOLDER_OR_MODULE), or --backbone FOLDER"
             )
-        self._check_backbone(found, strict)
-        if not self._knows(found):
+        known = self._check_backbone(found, strict)
+        if not known:
             self._records = Records("")  # measured and trained with another backbone
         if backbone is not None:
-            self._record_backbone(found)
+            self._record_backbone(found, known)
         if not isinstance(backbone, nn.Module):
             found.model.to(wanted)
         self._attach(found.model, processor)
         found.model.to(self.device)
 
-    def _check_backbone(self, found: Backbone, strict: bool) -> None:
+    def _check_backbone(self, found: Backbone, strict: bool) -> bool:
+        """Whether these are the weights that the config records; warn, or raise ValueError where strict, if not."""
         check_finite(found.model)
         classes = len(labels_of(found.model.config, self.config.classifier_outputs)["id2label"])
         if classes != self.config.num_labels:
@@ -705,8 +706,9 @@ class TTameModel(PreTrainedModel):
             )
         check_names(found.model, [layer.name for layer in self.layers])
         recorded, actual = self.config.backbone_fingerprint, fingerprint(found.model)
-        if self._knows(found):
-            return
+        values = self.config.backbone_values  # tell the same weights under other names
+        if recorded == actual or (values and values == values_fingerprint(found.model)):
+            return True
         self._check_layers(found)
         # Values are comparable only in the dtype in which they were recorded.
         if not recorded or recorded.split(":")[0] != actual.split(":")[0]:
@@ -722,12 +724,7 @@ class TTameModel(PreTrainedModel):
         if strict:
             raise ValueError(message)
         warnings.warn(message, stacklevel=4)
-
-    def _knows(self, found: Backbone) -> bool:
-        """Whether these are the weights that the config records, be it under other names."""
-        if self.config.backbone_fingerprint == fingerprint(found.model):
-            return True
-        return bool(self.config.backbone_values) and self.config.backbone_values == values_fingerprint(found.model)
+        return False
 
     def _check_layers(self, found: Backbone) -> None:
         """Raise ValueError where a tapped layer has other channels, or another grid, than the head reads."""
@@ -750,11 +747,11 @@ class TTameModel(PreTrainedModel):
                     f"{other.prefix_tokens}; pass the backbone that the head was trained on"
                 )
 
-    def _record_backbone(self, found: Backbone) -> None:
+    def _record_backbone(self, found: Backbone, known: bool) -> None:
         """Let the config name the backbone in use: what is saved next must not refer to another one."""
         config = self.config
         named = (found.hub_id, found.revision)
-        if self._knows(found):  # the same weights, perhaps from another place
+        if known:  # the same weights, perhaps from another place
             if config.backbone is None:
                 config.backbone, config.backbone_revision = named
         elif found.hub_id is None or named != (config.backbone, config.backbone_revision):

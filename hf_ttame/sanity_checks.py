@@ -38,6 +38,7 @@ from .metrics.sanity import (
     rank_correlation,
 )
 from .modeling_ttame import TTameModel
+from .precision import passes_in
 from .records import TRAINING, head_fingerprint, map_facts
 from .sanity_random import cascading_randomisation, explain, pointing_per_tile, retrained_on_random, too_few
 from .sanity_watermark import watermark
@@ -299,7 +300,8 @@ def run_checks(
     if kept and kept.exists() and (earlier := json.loads(kept.read_text()))["settings"] == settings:
         made = earlier["checks"]
     source = Images(plan, model)
-    scanned = scan(model.eval(), source, plan)
+    with passes_in(model, "float32"):
+        scanned = scan(model.eval(), source, plan)
     batches = list(source.batches(images))
     x = torch.cat([batch.pixel_values for batch in batches])
     targets = scanned.targets.to(x.device)
@@ -326,7 +328,8 @@ def run_checks(
             say(f"{name}: kept from an earlier run")
             found[name] = made[name]
             continue
-        done = check()
+        with passes_in(model, "float32"):
+            done = check()
         found[name] = done.to_dict()
         if not done.figures:  # not made: it is tried again
             say(f"{name}: {done.value}")
