@@ -6,6 +6,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from difflib import get_close_matches
 from itertools import count
 from pathlib import Path
 from typing import Annotated, Any
@@ -327,7 +328,7 @@ _SANITY_IMAGES = typer.Option(help="Sanity: images to check on.")
 _SANITY_STEPS = typer.Option(help="Sanity: steps of the head that is retrained.")
 _REVISION = typer.Option(help="Branch, tag or commit of a Hub dataset.")
 _SHEET = typer.Option(help="Whether to draw contact_sheet.jpg: it shows six of the photographs.")
-_BOXES = typer.Option(help="Column of a box [left, top, right, bottom] in pixels of the picture, or of several.")
+_BOXES = typer.Option(help="Column of a box (left, top, right, bottom) in pixels of the picture, or of several.")
 _MASKS = typer.Option(help="The same from a column of pictures: inside where a pixel is not 0.")
 
 
@@ -526,6 +527,10 @@ def _measure(
     groups = list(dict.fromkeys(metrics.replace(" ", "").strip(",").split(",")))
     if groups == ["all"]:
         groups = [*METRICS, "sanity"]
+    if unknown := [name for name in groups if name not in (*METRICS, "sanity")]:
+        raise ValueError(
+            f"--metrics must be all, or of {', '.join(METRICS)}, sanity, got {', '.join(unknown) or 'none'}"
+        )
     measured = tuple(name for name in groups if name != "sanity") or ("confidence",)
     made = Plan(**plan, metrics=measured)
     if checks["judge"]:
@@ -582,7 +587,7 @@ def _load(model: str, backbone: str | None) -> Any:
         model = str(EXPLAINER) if model == "efficientnet-lite0" else model
         module = load_efficientnet_lite0() if backbone in (None, "efficientnet-lite0") else backbone
     if not Path(model).exists() and "/" not in model:
-        near = nearest_path(model)
+        near = nearest_path(model) or next(iter(get_close_matches(model, ["efficientnet-lite0"])), None)
         raise ValueError(
             f"explainer {model!r} is neither a folder nor a Hub id of the form 'organisation/name'"
             + (f"; nearest: {near!r}" if near else "")

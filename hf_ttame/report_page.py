@@ -95,18 +95,10 @@ def to_markdown(report: dict[str, Any]) -> str:
             PLACES,
         ),
     ]
+    common = {name: report["methods"][name]["measures_common"] for name in methods}
     for title, text, measures in sections:
-        table = markdown_table(methods, kinds, means, measures)
-        if table:
-            lines += [f"## {title}", "", text, "", table]
-        # Where methods saw different images, once more on those that all of them saw.
-        mixed = [
-            m for m in measures if len({means[name][m.name]["n"] for name in methods if m.name in means[name]}) > 1
-        ]
-        common = {name: report["methods"][name]["measures_common"] for name in methods}
-        table = markdown_table(methods, kinds, common, mixed)
-        if table:
-            lines += [f"### {title.partition(':')[0]}, on the images that every method saw", "", table]
+        lines += _tables("##", title, text, methods, kinds, means, common, measures)
+    lines += _by_confidence(report, methods, kinds)
     lines += ["## Cost of a map", ""]
     lines += ["| method | kind | layer, settings | forward | backward | ms | times T-TAME | least to most | rounds |"]
     lines += ["|---|---|---|---|---|---|---|---|---|"]
@@ -152,6 +144,49 @@ def to_markdown(report: dict[str, Any]) -> str:
     for title, file in report["pictures"].items():
         lines += [f"![{title}]({file})", ""]
     return "\n".join(lines)
+
+
+def _tables(
+    level: str,
+    title: str,
+    text: str,
+    methods: Sequence[str],
+    kinds: dict[str, str],
+    means: dict[str, Any],
+    common: dict[str, Any],
+    measures: Sequence[Measure],
+) -> list[str]:
+    """A section of a table, and, where methods saw different images, once more on those that all of them saw."""
+    table = markdown_table(methods, kinds, means, measures)
+    if not table:
+        return []
+    lines = [f"{level} {title}", "", *([text, ""] if text else []), table]
+    mixed = [m for m in measures if len({means[name][m.name]["n"] for name in methods if m.name in means[name]}) > 1]
+    if table := markdown_table(methods, kinds, common, mixed):
+        lines += [f"{level}# {title.partition(':')[0]}, on the images that every method saw", "", table]
+    return lines
+
+
+def _by_confidence(report: dict[str, Any], methods: Sequence[str], kinds: dict[str, str]) -> list[str]:
+    """Faithfulness once more, apart for the images that the classifier is least sure of."""
+    parts = report.get("by_confidence")
+    if not parts:
+        return []
+    lines = [
+        "## Where the classifier is unsure",
+        "",
+        "Faithfulness once more, for the third of all images whose predicted class has the lowest confidence, and for "
+        "the others: a mean over both hides where a map fails. Marks and verdicts as above and below.",
+        "",
+    ]
+    for name, part in parts.items():
+        low, high = part["confidence"]
+        title = f"{name[0].upper()}{name[1:]}: {part['images']:,d} images, confidence {low:.2f} to {high:.2f}"
+        lines += _tables("###", title, "", methods, kinds, part["measures"], part["measures_common"], FAITHFULNESS)
+        if part["differences"]:
+            lines += [f"#### {name[0].upper()}{name[1:]}: T-TAME against each method", ""]
+            lines += [*verdict_table(part["differences"]), ""]
+    return lines
 
 
 def _without_mosaics(report: dict[str, Any]) -> str:

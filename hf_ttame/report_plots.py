@@ -56,6 +56,23 @@ def _save(figure: Any, path: Path) -> None:
         plt.close(figure)
 
 
+def _log_milliseconds(axis: Any) -> None:
+    """A logarithmic axis of at least one decade, in plain numbers: where all times are close, matplotlib's own marks
+    nothing, or prints 6 x 10^1 upon 7 x 10^1."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_xscale("log")
+    low, high = axis.get_xlim()
+    if high < 10 * low:
+        middle = (low * high) ** 0.5
+        low, high = middle / 10**0.5, middle * 10**0.5
+        axis.set_xlim(low, high)
+    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 1000 * low else (1.0,)))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set_xlabel("milliseconds per map")
+
+
 def draw_plots(output: Path, rows: Rows, methods: Sequence[Method], report: dict[str, Any]) -> dict[str, str]:
     """ROAD, insertion and deletion curves, and latency against AD, those that were measured: {title: file}."""
     import matplotlib
@@ -121,11 +138,10 @@ def draw_plots(output: Path, rows: Rows, methods: Sequence[Method], report: dict
                     capsize=2,
                     label=name,
                 )
-            axis.set_xscale("log")
-            axis.set_xlabel("milliseconds per map")
+            axis.margins(x=0.15)
+            _log_milliseconds(axis)
             axis.set_ylabel(f"{title}, percent (lower is better)")
             axis.grid(alpha=0.3, which="both")
-            axis.margins(x=0.15)
         n = next(iter(points.values()))[1]["n"]
         axes[1].legend(fontsize=8, bbox_to_anchor=(1.02, 1), loc="upper left", title=f"{n} images")
         _save(figure, output / "latency.png")

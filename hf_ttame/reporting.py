@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from .baselines import Method
 from .evaluation_rows import Rows
 from .measures import FAITHFULNESS, MEASURES, Measure, verdict
 from .metrics import area_under
-from .metrics.bootstrap import Interval, mean_intervals
+from .metrics.bootstrap import FEWEST, Interval, mean_intervals
 from .metrics.sanity import NOTES
 from .report_page import to_markdown
 from .report_plots import draw_plots, draw_sheet
@@ -53,7 +53,7 @@ def _rounded(interval: Interval | None) -> dict[str, float] | None:
     }
 
 
-def summarise(rows: Rows, methods: Sequence[str]) -> dict[str, Any]:
+def summarise(rows: Rows, methods: Sequence[str], measures: Sequence[Measure] = MEASURES) -> dict[str, Any]:
     """Means with intervals; paired differences of the first method to each other; the means on the common images.
 
     Returns:
@@ -62,7 +62,7 @@ def summarise(rows: Rows, methods: Sequence[str]) -> dict[str, Any]:
     means: dict[str, dict[str, Any]] = {name: {} for name in methods}
     differences: dict[str, dict[str, Any]] = {name: {} for name in methods[1:]}
     common: dict[str, dict[str, Any]] = {name: {} for name in methods}
-    for measure in MEASURES:
+    for measure in measures:
         values = columns_of(rows, methods, measure)
         if not values.size or np.isnan(values).all():
             continue
@@ -79,6 +79,44 @@ def summarise(rows: Rows, methods: Sequence[str]) -> dict[str, Any]:
             if interval is not None:
                 differences[methods[1 + index]][measure.name] = _rounded(interval)
     return {"means": means, "differences": differences, "common": common}
+
+
+def by_confidence(rows: Rows, methods: Sequence[str]) -> dict[str, Any]:
+    """The faithfulness of maps where the classifier is unsure, and where it is sure: a mean over all hides the first.
+
+    Returns:
+        {"least sure third": {"images", "confidence": [least, most], "measures", "measures_common", "differences",
+        "verdicts"}, "the others": the same}, of the third of all images whose predicted class has the lowest
+        confidence and of the rest; {} where a third is fewer than `FEWEST` images, too few for any verdict.
+    """
+    confidence = {index: row["p"] for (table, index, _), row in rows.items() if table == "image" and "p" in row}
+    ordered = sorted(confidence, key=lambda index: (confidence[index], index))
+    third = len(ordered) // 3
+    if third < FEWEST:
+        return {}
+    found = {}
+    for name, chosen in (("least sure third", ordered[:third]), ("the others", ordered[third:])):
+        images = set(chosen)
+        summary = summarise(
+            {key: row for key, row in rows.items() if key[0] == "image" and key[1] in images}, methods, FAITHFULNESS
+        )
+        found[name] = {
+            "images": len(chosen),
+            "confidence": [round(confidence[index], 4) for index in (chosen[0], chosen[-1])],
+            "measures": summary["means"],
+            "measures_common": summary["common"],
+            "differences": summary["differences"],
+            "verdicts": verdicts(summary["differences"]),
+        }
+    return found
+
+
+def verdicts(differences: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str]]:
+    """{method: {measure: "better", "worse" or "open"}} of the measures for which a direction is better."""
+    return {
+        name: {m.name: verdict(table[m.name], m.better) for m in MEASURES if m.better and m.name in table}
+        for name, table in differences.items()
+    }
 
 
 def costs(rows: Rows, methods: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -161,11 +199,10 @@ def write_report(
             if method.name in names
         },
         "differences": summary["differences"],
-        "verdicts": {
-            name: {m.name: verdict(table[m.name], m.better) for m in MEASURES if m.better and m.name in table}
-            for name, table in summary["differences"].items()
-        },
+        "verdicts": verdicts(summary["differences"]),
     }
+    if parts := by_confidence(rows, names):
+        report["by_confidence"] = parts
     # A claim against a method holds where every judged measure of both tables, soft and binary, shows it.
     report["better_in_every_judged_measure"] = {
         name: all(table.get(m.name) == "better" for m in FAITHFULNESS if m.judged)

@@ -44,7 +44,7 @@ from .sanity_random import cascading_randomisation, explain, pointing_per_tile, 
 from .sanity_watermark import watermark
 from .saving import write_whole
 
-EXPERIMENTS = 4  # goes up when a check changes: what sanity.json holds of an earlier one does not count
+EXPERIMENTS = 5  # goes up when a check changes: what sanity.json holds of an earlier one does not count
 FILE = "sanity.json"
 SHIFT = 4  # pixels
 PIXEL_NOISE = 0.02  # standard deviation, pixels in [0, 1]
@@ -246,7 +246,8 @@ def _of_the_explainer(model: TTameModel, plan: Plan) -> dict[str, Any]:
 
 
 def kept_checks(model: TTameModel, plan: Plan, folder: Path) -> dict[str, dict[str, Any]]:
-    """The checks of this explainer that an earlier run, of any size, made in the folder: its report keeps them."""
+    """The checks of this explainer that an earlier run, of any size, made or could not make in the folder: its report
+    keeps them."""
     file = folder / FILE
     if not file.exists():
         return {}
@@ -275,7 +276,8 @@ def run_checks(
         steps: of training in (b); (d) takes 150 of its much smaller ones.
         judge: another classifier for (f), a folder or Hub id; without one (f) is not made.
         say: receives a line per check.
-        folder: keeps each check in sanity.json there; those of the same head, images and numbers are not run again.
+        folder: keeps each check in sanity.json there; those of the same head, images and numbers are not run again,
+            but for what could not be made.
 
     Returns:
         {check: Check as a dictionary}; one that could not be made, or on too few images, has "passed": None, and its
@@ -295,10 +297,10 @@ def run_checks(
         "steps": steps,
         "judge": Path(judge).name if judge else None,
     }
-    made: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, Any]] = {}
     kept = folder / FILE if folder else None
     if kept and kept.exists() and (earlier := json.loads(kept.read_text()))["settings"] == settings:
-        made = earlier["checks"]
+        found = earlier["checks"]
     source = Images(plan, model)
     with passes_in(model, "float32"):
         scanned = scan(model.eval(), source, plan)
@@ -322,23 +324,20 @@ def run_checks(
         ),
         ("g: stability", lambda: stability(model, x, targets, plan.seed)),
     ]
-    found: dict[str, dict[str, Any]] = {}
     for name, check in checks:
-        if name in made:
+        if name in found and found[name]["figures"]:  # one that could not be made is tried again
             say(f"{name}: kept from an earlier run")
-            found[name] = made[name]
             continue
         with passes_in(model, "float32"):
             done = check()
         found[name] = done.to_dict()
-        if not done.figures:  # not made: it is tried again
+        if done.figures:
+            outcome = {True: "passed", False: "FAILED", None: "not judged"}[done.passed]
+            say(f"{name}: {done.value}; {done.must}: {outcome}")
+        else:
             say(f"{name}: {done.value}")
-            continue
-        outcome = {True: "passed", False: "FAILED", None: "not judged"}[done.passed]
-        say(f"{name}: {done.value}; {done.must}: {outcome}")
-        made[name] = found[name]
         if kept:
-            write_whole(kept, json.dumps({"settings": settings, "checks": made}, indent=2) + "\n")
+            write_whole(kept, json.dumps({"settings": settings, "checks": found}, indent=2) + "\n")
     return found
 
 

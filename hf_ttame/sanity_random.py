@@ -18,7 +18,15 @@ from .losses import ttame_loss
 from .masking import apply_mask, resize_maps
 from .metrics import grid_pointing
 from .metrics.localization import TILES, fit, half_size, mosaic
-from .metrics.sanity import NO_PRIOR_MUST, Check, check_no_prior, check_randomised, not_made, rank_correlation
+from .metrics.sanity import (
+    NO_PRIOR_MUST,
+    Check,
+    check_no_prior,
+    check_randomised,
+    not_made,
+    rank_correlation,
+    shapley_values,
+)
 from .modeling_ttame import TTameModel
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
@@ -219,8 +227,8 @@ def retrained_on_random(
 
     It is trained and asked for what this backbone answers, on mosaics of pictures with four different answers. Of each
     mosaic one tile counts, in turn: over all four tiles every map that ignores the class has a mean of 25 % exactly.
-    Several random backbones, as one alone says little. A control tells how much of an answer truly hangs on its tile
-    (`_evidence_in_tile`): a map that shows as much shows what the backbone used, and is no prior.
+    Several random backbones, as one alone says little. A control tells whether an answer truly hangs on its tile more
+    than on the others (`_own_tile_adds`): what a map shows of that shows what the backbone used, and is no prior.
 
     Args:
         model: the explainer; it is left as it is.
@@ -252,30 +260,30 @@ def retrained_on_random(
         found = pointing_per_tile(other, tiles, answers, groups)
         numbers = np.arange(len(groups))
         pointing.append(found[numbers, numbers % TILES])
-        evidence.append(_evidence_in_tile(other, tiles, answers, groups))
+        evidence.append(_own_tile_adds(other, tiles, answers, groups))
     return check_no_prior(np.concatenate(pointing), np.mean(losses, axis=0), np.concatenate(evidence), RETRAINED)
 
 
 @torch.no_grad()
-def _evidence_in_tile(
+def _own_tile_adds(
     model: TTameModel, tiles: torch.Tensor, classes: torch.Tensor, groups: Sequence[list[int]]
 ) -> np.ndarray:
-    """How much of an answer hangs on its own tile, in percent, (n,), of one tile per mosaic, in turn.
+    """What its own tile adds to an answer less what each other tile adds: mean over the four of a mosaic, (n,).
 
-    The class's logit falls when a tile is blacked out; what it falls by for its own tile, of all four falls. 25 where
-    none makes it fall, as of an answer that hangs on no tile in particular.
+    Exact Shapley values of the class's logit over all 16 sets of tiles, the rest blacked out: what a tile adds alone
+    and beside others. 0 of answers that hang on no tile more than on another, or all on the same.
     """
     size = (model.config.image_size[0], model.config.image_size[1])
-    shares = []
-    for number, group in enumerate(groups):
-        own = number % TILES
-        images = []
-        for missing in (None, *range(TILES)):
-            shown = tiles[group].to(model.device)
-            if missing is not None:
-                shown[missing] = model.fill()[:, None, None]
-            images.append(fit(mosaic(shown), size))
-        logits = model.classify(torch.stack(images)).float()[:, classes[group[own]]]
-        falls = (logits[0] - logits[1:]).clamp(min=0)
-        shares.append(100 * float(falls[own] / falls.sum()) if falls.any() else 100 / TILES)
-    return np.array(shares)
+    present = torch.arange(2**TILES)[:, None] >> torch.arange(TILES) & 1 == 1
+    found = []
+    for group in groups:
+        shown, empty = tiles[group].to(model.device), model.fill()[:, None, None]
+        images = [
+            fit(mosaic(torch.where(keep[:, None, None, None], shown, empty)), size)
+            for keep in present.to(shown.device)
+        ]
+        logits = model.classify(torch.stack(images)).float()[:, classes[group].to(shown.device)]
+        parts = shapley_values(logits.T)  # (answers, tiles)
+        own = parts.diagonal()
+        found.append(float((own - (parts.sum(dim=1) - own) / (TILES - 1)).mean()))
+    return np.array(found)

@@ -119,6 +119,7 @@ def test_explain_tells_files_from_folders(
     [
         ("no-such-model", "neither a folder nor a Hub id"),
         ("explaner", "; nearest: 'explainer'"),
+        ("efficientnet-lite", "; nearest: 'efficientnet-lite0'"),
         ("./explaner", "the explainer './explaner' does not exist; nearest: 'explainer'"),
         ("nobody/nothing", "nobody/nothing"),
         ("runs", "is the folder of a training; give one of its explainers: runs/explainer"),
@@ -268,6 +269,12 @@ def test_a_missing_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -
         _require("datasets", "train")
 
 
+def test_help_keeps_what_stands_in_brackets(ttame: Command) -> None:
+    """Square ones would be taken for a style of rich and vanish."""
+    for command in ("evaluate", "compare"):
+        assert "Column of a box (left, top, right, bottom) in pixels" in ttame(command, "--help").stdout
+
+
 def test_evaluate_reports_on_one_explainer(
     ttame: Command, explainer: Path, photo: Callable[..., Image.Image], tmp_path: Path
 ) -> None:
@@ -283,5 +290,7 @@ def test_evaluate_reports_on_one_explainer(
     assert "| ttame |" in (tmp_path / "report" / "report.md").read_text()
     wrong = ttame(*common, "--metrics", "speed")
     assert wrong.returncode == 1
-    assert "metrics must be of confidence" in wrong.stderr
+    assert "--metrics must be all, or of confidence, adcc, road, insertion-deletion, mosaic, sanity, got speed" in (
+        wrong.stderr
+    )
     assert "Traceback" not in wrong.stderr

@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -34,8 +35,8 @@ from hf_ttame.pictures import parse_where
 from hf_ttame.precision import in_float32, passes_in
 from hf_ttame.regions import read_mask, region_of_boxes, region_of_mask
 from hf_ttame.report_page import markdown_table, to_markdown
-from hf_ttame.report_plots import _curves
-from hf_ttame.reporting import columns_of, summarise
+from hf_ttame.report_plots import _curves, _log_milliseconds
+from hf_ttame.reporting import by_confidence, columns_of, summarise, write_report
 
 ROOT = Path(__file__).parents[1]
 METHODS = ("gradcam", "scorecam", "ones", "random-blob")
@@ -672,6 +673,89 @@ def test_summary_pairs_only_shared_images() -> None:
     assert found["common"]["ttame"]["AD soft 100"] == {"mean": 0.5, "low": 0.0, "high": 1.0, "n": 2}
     measure = next(m for m in FAITHFULNESS if m.name == "AD soft 100")
     assert np.isnan(columns_of(rows, ["slow"], measure)[3, 0])
+
+
+def rows_by_confidence(images: int) -> dict:
+    """The classifier is the surer of an image the later it comes; on the first third T-TAME is worse, then better."""
+    rows = {}
+    for n in range(images):
+        unsure = n < images // 3
+        # Of n in the order of the images, neither of the two orders that a sort by index would find.
+        index = (7 * n) % images
+        p = (n + 1) / (images + 1)
+        rows["image", index, "ttame"] = {"p": p, "AD soft 100": 30.0 if unsure else 5.0, "mean mask": 0.5}
+        rows["image", index, "gradcam"] = {"p": p, "AD soft 100": 20.0 + n % 2 if unsure else 9.0, "mean mask": 0.4}
+        if n % 2:
+            rows["image", index, "rise"] = {"p": p, "AD soft 100": 3.0, "mean mask": 0.3}
+    return rows
+
+
+def test_faithfulness_where_the_classifier_is_unsure() -> None:
+    names = ["ttame", "gradcam", "rise"]
+    found = by_confidence(rows_by_confidence(61), names)
+    assert list(found) == ["least sure third", "the others"]
+    unsure, sure = found.values()
+    assert (unsure["images"], sure["images"]) == (20, 41)
+    assert unsure["confidence"] == [round(1 / 62, 4), round(20 / 62, 4)]
+    assert sure["confidence"] == [round(21 / 62, 4), round(61 / 62, 4)]
+    assert unsure["measures"]["ttame"]["AD soft 100"] == {"mean": 30.0, "low": 30.0, "high": 30.0, "n": 20}
+    assert unsure["measures"]["gradcam"]["AD soft 100"]["mean"] == 20.5
+    assert sure["measures"]["ttame"]["AD soft 100"] == {"mean": 5.0, "low": 5.0, "high": 5.0, "n": 41}
+    assert unsure["measures_common"]["ttame"]["AD soft 100"]["n"] == 10  # those that RISE saw
+    assert unsure["differences"]["gradcam"]["AD soft 100"]["mean"] == 9.5
+    assert unsure["verdicts"] == {"gradcam": {"AD soft 100": "worse"}, "rise": {"AD soft 100": "open"}}  # ten pairs
+    assert sure["verdicts"] == {"gradcam": {"AD soft 100": "better"}, "rise": {"AD soft 100": "worse"}}
+    assert by_confidence(rows_by_confidence(3 * FEWEST), names)
+    assert by_confidence(rows_by_confidence(3 * FEWEST - 1), names) == {}
+    # Whichever method has the confidence: an image counts once.
+    rows = rows_by_confidence(61)
+    for key in rows:
+        if key[2] == "ttame":
+            del rows[key]["p"]
+    assert by_confidence(rows, names) == found
+
+
+def test_the_report_shows_where_the_classifier_is_unsure(tmp_path: Path) -> None:
+    kinds = {"ttame": "one pass", "gradcam": "gradient", "rise": "perturbation"}
+    methods = [Method(name, kind, lambda x, ids: x[:, 0]) for name, kind in kinds.items()]
+    where = {"device": "cpu", "processor": "a CPU", "threads": 1, "precision": "float32", "copies per pass": 32}
+    facts = {"model": "m", "data": "pictures", "images": 61, "mosaics": 0, "settings": {}, "environment": where}
+    report = write_report(tmp_path, rows_by_confidence(61), methods, facts, {})
+    assert json.loads((tmp_path / "report.json").read_text())["by_confidence"] == report["by_confidence"]
+    page = (tmp_path / "report.md").read_text()
+    section = page.split("## Where the classifier is unsure\n")[1].split("\n## ")[0]
+    unsure, sure = section.split("### Least sure third: 20 images, confidence 0.02 to 0.32\n")[1].split(
+        "### The others: 41 images, confidence 0.34 to 0.98\n"
+    )
+    assert "| ttame | 20 | 0.50 (0.50 to 0.50) | 30.0 (30.0 to 30.0) |" in unsure
+    assert "| gradcam | 20 | 0.40 (0.40 to 0.40) | **20.5** (" in unsure
+    assert "#### Least sure third, on the images that every method saw\n" in unsure
+    assert "| ttame | 10 | 0.50 (0.50 to 0.50) | 30.0 (30.0 to 30.0) |" in unsure
+    assert "| AD soft 100 |  | gradcam | rise |" in unsure
+    assert "| AD soft 100 | gradcam | rise |  |" in sure
+    few = write_report(tmp_path, rows_by_confidence(59), methods, facts, {})
+    assert "by_confidence" not in few
+    assert "Where the classifier is unsure" not in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize("times", [(61.0,), (61.0, 62.0, 70.0), (30.0, 400.0), (0.01, 300_000.0)])
+def test_times_stand_on_an_axis_that_can_be_read(times: tuple[float, ...]) -> None:
+    from matplotlib.figure import Figure
+
+    axis = Figure().subplots()
+    axis.plot(times, [1.0] * len(times), "o")
+    _log_milliseconds(axis)
+    low, high = axis.get_xlim()
+    assert low < min(times) <= max(times) < high
+    axis.figure.draw_without_rendering()
+    shown = [
+        label.get_text()
+        for label, place in zip(axis.get_xticklabels(), axis.get_xticks(), strict=True)
+        if low <= place <= high
+    ]
+    assert 2 <= len(shown) <= 10
+    assert all(re.fullmatch(r"[\d,]+|0\.\d+", text) for text in shown), shown  # plain numbers
+    assert not any(label.get_text() for label in axis.get_xticklabels(minor=True))  # nothing printed upon them
 
 
 def test_curves_are_of_the_images_that_all_methods_have() -> None:

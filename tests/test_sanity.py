@@ -1,6 +1,7 @@
 """Sanity: rank correlation by hand, thresholds, and each check on tiny backbones."""
 
 import copy
+import itertools
 import json
 import os
 import subprocess
@@ -198,8 +199,8 @@ def test_the_loss_of_the_training_is_shown_by_its_tenths() -> None:
     found = sanity.check_no_prior(np.array([20.0, 30.0]), [4.0, 2.0, *[9.0] * 16, 1.0, 1.5], np.array([40.0, 60.0]))
     assert (found.figures["loss at the beginning"], found.figures["loss at the end"]) == (3.0, 1.25)
     assert found.value.endswith("; loss 3 to 1.25")
-    assert ", of the answer's own evidence 50.0 (" in found.value
-    assert found.figures["own evidence"]["mean"] == 50.0
+    assert "; what the quarter adds to the answer beyond the others 50.00 (" in found.value
+    assert found.figures["the quarter adds"]["mean"] == 50.0
     assert "loss" in found.must
 
 
@@ -238,20 +239,51 @@ def test_a_head_is_trained_on_the_random_backbone(model: TTameModel, images: tor
     assert torch.equal(model.classify(images), logits)  # no hook is left on it
 
 
-def test_evidence_in_a_tile_by_hand() -> None:
+def test_shapley_values_by_hand() -> None:
+    """Sets in the order {}, {a}, {b}, {a, b}, then the same with c."""
+    gloves = torch.tensor([0.0, 0, 0, 1, 0, 1, 0, 1])  # a holds the left one, b and c a right one each: a pair is 1
+    assert torch.allclose(sanity.shapley_values(gloves), torch.tensor([4 / 6, 1 / 6, 1 / 6]))
+    alone = torch.tensor([5.0, 7, 4, 6])  # a adds 2, b takes 1, whatever is there
+    assert torch.allclose(sanity.shapley_values(torch.stack([alone, 2 * alone])), torch.tensor([[2.0, -1], [4, -2]]))
+    with pytest.raises(ValueError, match="2 \\*\\* n"):
+        sanity.shapley_values(torch.zeros(6))
+
+
+@given(st.lists(st.floats(-10, 10), min_size=16, max_size=16))
+def test_shapley_values_share_out_the_whole(worth: list[float]) -> None:
+    parts = sanity.shapley_values(torch.tensor(worth, dtype=torch.float64))
+    assert float(parts.sum()) == pytest.approx(worth[15] - worth[0], abs=1e-9)
+    orders = list(itertools.permutations(range(4)))  # as it is defined: the mean over all orders of coming
+    for player in range(4):
+        added = []
+        for order in orders:
+            before = sum(1 << other for other in order[: order.index(player)])
+            added.append(worth[before | 1 << player] - worth[before])
+        assert float(parts[player]) == pytest.approx(np.mean(added), abs=1e-9)
+
+
+def test_what_a_tile_adds_by_hand() -> None:
     def classify(pixel_values: torch.Tensor) -> torch.Tensor:
-        """Class k: three times the brightness of quarter k, once that of the next; class 4 never changes."""
-        quarters = (pixel_values[:, :1] * quadrants((8, 8))).sum(dim=(-2, -1))
+        """Class k: three times the brightness of quarter k, once that of the next; class 4 never changes; class 5 only
+        where quarters 0 and 1 are both there."""
+        quarters = (pixel_values[:, :1] * quadrants((8, 8))).mean(dim=(-2, -1)) * 4
         logits = 3 * quarters + quarters.roll(-1, dims=1)
-        return torch.cat([logits, torch.ones(len(logits), 1)], dim=1)
+        together = quarters[:, :1] * quarters[:, 1:2]
+        return torch.cat([logits, torch.ones(len(logits), 1), together], dim=1)
 
     config = SimpleNamespace(image_size=(8, 8))
     model: Any = SimpleNamespace(classify=classify, config=config, device="cpu", fill=lambda: torch.zeros(3))
     tiles, groups = torch.ones(8, 3, 4, 4), [[0, 1, 2, 3], [4, 5, 6, 7]]
-    found = random_checks._evidence_in_tile(model, tiles, torch.tensor([0, 1, 2, 3, 3, 1, 2, 0]), groups)
-    assert found.tolist() == [75.0, 75.0]  # of the second mosaic the second tile
-    found = random_checks._evidence_in_tile(model, tiles, torch.tensor([1, 0, 2, 3, 3, 4, 2, 0]), groups)
-    assert found.tolist() == [0.0, 25.0], "an answer that hangs on other tiles, and on none"
+
+    def adds(*classes: int) -> list[float]:
+        return random_checks._own_tile_adds(model, tiles, torch.tensor(classes), groups).tolist()
+
+    assert adds(0, 1, 2, 3, 0, 1, 2, 3) == pytest.approx([3 - 1 / 3, 3 - 1 / 3])
+    assert adds(4, 4, 4, 4, 1, 1, 1, 1) == pytest.approx([0, 0], abs=1e-5), "answers of no tile, and all of the same"
+    # Class 1 in quarter 0: 0 - 4 / 3; class 0 in quarter 1: 1 - 3 / 3.
+    assert adds(1, 0, 4, 4, 0, 4, 4, 4) == pytest.approx([-4 / 3 / 4, (3 - 1 / 3) / 4])
+    # Blacking out either of two that are needed takes all away: each adds a half.
+    assert adds(5, 4, 4, 4, 4, 5, 4, 4) == pytest.approx([(1 / 2 - 1 / 6) / 4] * 2)
     assert tiles.eq(1).all()
 
 
@@ -545,8 +577,11 @@ def test_checks_that_were_made_are_kept(
     assert report["sanity"]["d: planted watermark"].items() >= first["d: planted watermark"].items()
     assert report["sanity"]["d: planted watermark"]["note"] == sanity.NOTES["d"]
     made = {name for name, check in report["sanity"].items() if check["figures"]}
-    assert made == json.loads((output / "sanity.json").read_text())["checks"].keys()  # the others are tried again
-    assert made - first.keys() == {"g: stability"}
+    assert json.loads((output / "sanity.json").read_text())["checks"].keys() == report["sanity"].keys()
+    assert report["sanity"].keys() - first.keys() == {"g: stability"}
+    not_made = report["sanity"].keys() - made
+    assert len(not_made) == 3
+    assert all(f"{name}: kept from" not in done.stdout and f"{name}: not made" in done.stdout for name in not_made)
     lines = (output / "report.md").read_text().splitlines()
     (line,) = [line for line in lines if line.startswith("| f: independent judge |")]
     assert "| not made: no --judge given |" in line
@@ -556,12 +591,18 @@ def test_checks_that_were_made_are_kept(
     assert card.count("**not passed**") == sum(check["passed"] is False for check in report["sanity"].values())
     assert f"- d: planted watermark: {sanity.NOTES['d']}" in lines
     assert sanity.NOTES["d"][:40] in card
-    # A later run without the checks does not drop them from the report.
+    # A retry that is killed loses none of those that it did not come to.
+    before = json.loads((output / "sanity.json").read_text())["checks"]
+    with monkeypatch.context() as killed:
+        killed.setattr(checks, "class_on_mosaics", lambda *_: (_ for _ in ()).throw(ValueError("killed here")))
+        assert "killed here" in ttame(*command).stderr
+    assert json.loads((output / "sanity.json").read_text())["checks"] == before
+    # A later run without the checks does not drop them from the report, nor that some could not be made.
     without = [word if word != "confidence,sanity" else "confidence" for word in command]
     done = ttame(*without)
     assert done.returncode == 0, done.stderr
     again = json.loads((output / "report.json").read_text())["sanity"]
-    assert again == {name: check for name, check in report["sanity"].items() if check["figures"]}
+    assert again == report["sanity"]
     kept = json.loads((output / "sanity.json").read_text())
     kept["settings"]["experiments"] -= 1  # made when the checks were others
     (output / "sanity.json").write_text(json.dumps(kept))

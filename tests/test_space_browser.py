@@ -300,8 +300,12 @@ def test_quick_wishes_are_not_dropped(page: "playwright_api.Page", tmp_path: Pat
     playwright_api.expect(page.locator(".tt-bar").nth(2)).to_have_attribute("aria-pressed", "true")
     playwright_api.expect(page.locator("#tt-test")).to_contain_text(page.locator(PRESSED).inner_text())
     Image.open(PHOTOGRAPHS / "rocket.jpg").resize((4000, 3000)).save(tmp_path / "slow.jpg")
-    upload(page, tmp_path / "slow.jpg")
-    page.locator("#tt-picture input[type=file]").wait_for(state="detached")  # until the field has taken the file
+
+    def wishes_for_it(request: "playwright_api.Request") -> bool:
+        return "/queue/join" in request.url and "slow.jpg" in (request.post_data or "")
+
+    with page.expect_request(wishes_for_it):  # what is clicked while the file still travels would come before it
+        upload(page, tmp_path / "slow.jpg")
     page.locator("[data-example=coffee]").click()
     is_shown(
         page, "espresso"
