@@ -82,12 +82,13 @@ def summarise(rows: Rows, methods: Sequence[str], measures: Sequence[Measure] = 
 
 
 def by_confidence(rows: Rows, methods: Sequence[str]) -> dict[str, Any]:
-    """The faithfulness of maps where the classifier is unsure, and where it is sure: a mean over all hides the first.
+    """Faithfulness for the images that the classifier is least sure of, and for the others: a mean hides the first.
 
     Returns:
-        {"least sure third": {"images", "confidence": [least, most], "measures", "measures_common", "differences",
-        "verdicts"}, "the others": the same}, of the third of all images whose predicted class has the lowest
-        confidence and of the rest; {} where a third is fewer than `FEWEST` images, too few for any verdict.
+        Of the third of all images whose predicted class has the lowest confidence, and of the rest, {"least sure
+        third": ..., "the others": ...}, each with "images", "confidence" [least, most], "measures",
+        "measures_common", "differences" and "verdicts" as in the report; {} where a third is fewer than `FEWEST`
+        images, too few for any verdict.
     """
     confidence = {index: row["p"] for (table, index, _), row in rows.items() if table == "image" and "p" in row}
     ordered = sorted(confidence, key=lambda index: (confidence[index], index))
