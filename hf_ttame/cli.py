@@ -529,7 +529,7 @@ def _measure(
         groups = [*METRICS, "sanity"]
     if unknown := [name for name in groups if name not in (*METRICS, "sanity")]:
         raise ValueError(
-            f"--metrics must be all, or of {', '.join(METRICS)}, sanity, got {', '.join(unknown) or 'none'}"
+            f"--metrics must be all alone, or of {', '.join(METRICS)}, sanity, got {', '.join(unknown) or 'none'}"
         )
     measured = tuple(name for name in groups if name != "sanity") or ("confidence",)
     made = Plan(**plan, metrics=measured)

@@ -61,6 +61,7 @@ def _log_milliseconds(axis: Any) -> None:
     nothing, or prints 6 x 10^1 upon 7 x 10^1."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+    axis.margins(x=0.15)
     axis.set_xscale("log")
     low, high = axis.get_xlim()
     if high < 10 * low:
@@ -68,7 +69,7 @@ def _log_milliseconds(axis: Any) -> None:
         low, high = middle / 10**0.5, middle * 10**0.5
         axis.set_xlim(low, high)
     axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 1000 * low else (1.0,)))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}"))
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel("milliseconds per map")
 
@@ -138,7 +139,6 @@ def draw_plots(output: Path, rows: Rows, methods: Sequence[Method], report: dict
                     capsize=2,
                     label=name,
                 )
-            axis.margins(x=0.15)
             _log_milliseconds(axis)
             axis.set_ylabel(f"{title}, percent (lower is better)")
             axis.grid(alpha=0.3, which="both")

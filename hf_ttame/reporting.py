@@ -90,7 +90,13 @@ def by_confidence(rows: Rows, methods: Sequence[str]) -> dict[str, Any]:
         "measures_common", "differences" and "verdicts" as in the report; {} where a third is fewer than `FEWEST`
         images, too few for any verdict.
     """
-    confidence = {index: row["p"] for (table, index, _), row in rows.items() if table == "image" and "p" in row}
+    confidence: dict[int, float] = {}
+    for method in reversed(methods):  # the first has the say: rows of another machine differ by rounding
+        confidence |= {
+            index: row["p"]
+            for (table, index, name), row in rows.items()
+            if table == "image" and name == method and np.isfinite(row.get("p", np.nan))
+        }
     ordered = sorted(confidence, key=lambda index: (confidence[index], index))
     third = len(ordered) // 3
     if third < FEWEST:

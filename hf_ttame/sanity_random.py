@@ -228,7 +228,7 @@ def retrained_on_random(
     It is trained and asked for what this backbone answers, on mosaics of pictures with four different answers. Of each
     mosaic one tile counts, in turn: over all four tiles every map that ignores the class has a mean of 25 % exactly.
     Several random backbones, as one alone says little. A control tells whether an answer truly hangs on its tile more
-    than on the others (`_own_tile_adds`): what a map shows of that shows what the backbone used, and is no prior.
+    than on the others (`_own_tile_adds`): a map that shows its tile may then show what the backbone used.
 
     Args:
         model: the explainer; it is left as it is.
@@ -271,7 +271,8 @@ def _own_tile_adds(
     """What its own tile adds to an answer less what each other tile adds: mean over the four of a mosaic, (n,).
 
     Exact Shapley values of the class's logit over all 16 sets of tiles, the rest blacked out: what a tile adds alone
-    and beside others. 0 of answers that hang on no tile more than on another, or all on the same.
+    and beside others, in the logit's unit, standard deviations over the photographs after `spread_answers`. 0 of
+    answers that hang on no tile more than on another, or all on the same.
     """
     size = (model.config.image_size[0], model.config.image_size[1])
     present = torch.arange(2**TILES)[:, None] >> torch.arange(TILES) & 1 == 1

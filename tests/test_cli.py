@@ -290,7 +290,8 @@ def test_evaluate_reports_on_one_explainer(
     assert "| ttame |" in (tmp_path / "report" / "report.md").read_text()
     wrong = ttame(*common, "--metrics", "speed")
     assert wrong.returncode == 1
-    assert "--metrics must be all, or of confidence, adcc, road, insertion-deletion, mosaic, sanity, got speed" in (
-        wrong.stderr
+    assert (
+        "--metrics must be all alone, or of confidence, adcc, road, insertion-deletion, mosaic, sanity, got speed"
+        in (wrong.stderr)
     )
     assert "Traceback" not in wrong.stderr

@@ -676,12 +676,11 @@ def test_summary_pairs_only_shared_images() -> None:
 
 
 def rows_by_confidence(images: int) -> dict:
-    """The classifier is the surer of an image the later it comes; on the first third T-TAME is worse, then better."""
+    """The classifier is the surer of an image the larger its n; T-TAME is worse on the least sure third."""
     rows = {}
     for n in range(images):
         unsure = n < images // 3
-        # Of n in the order of the images, neither of the two orders that a sort by index would find.
-        index = (7 * n) % images
+        index = (7 * n) % images  # the images stand in another order than their confidence
         p = (n + 1) / (images + 1)
         rows["image", index, "ttame"] = {"p": p, "AD soft 100": 30.0 if unsure else 5.0, "mean mask": 0.5}
         rows["image", index, "gradcam"] = {"p": p, "AD soft 100": 20.0 + n % 2 if unsure else 9.0, "mean mask": 0.4}
@@ -707,12 +706,18 @@ def test_faithfulness_where_the_classifier_is_unsure() -> None:
     assert sure["verdicts"] == {"gradcam": {"AD soft 100": "better"}, "rise": {"AD soft 100": "worse"}}
     assert by_confidence(rows_by_confidence(3 * FEWEST), names)
     assert by_confidence(rows_by_confidence(3 * FEWEST - 1), names) == {}
-    # Whichever method has the confidence: an image counts once.
+    # The first method's confidence counts, in whatever order the rows are; where it has none, another's.
     rows = rows_by_confidence(61)
-    for key in rows:
+    for key, row in rows.items():
+        if key[2] != "ttame":
+            row["p"] = 1 - row["p"]  # as if of another machine, only worse
+    assert by_confidence(dict(reversed(rows.items())), names) == found
+    rows = rows_by_confidence(61)
+    for key, row in rows.items():
         if key[2] == "ttame":
-            del rows[key]["p"]
+            row["p"] = float("nan")
     assert by_confidence(rows, names) == found
+    assert by_confidence(rows, ["ttame"]) == {}
 
 
 def test_the_report_shows_where_the_classifier_is_unsure(tmp_path: Path) -> None:
@@ -738,7 +743,7 @@ def test_the_report_shows_where_the_classifier_is_unsure(tmp_path: Path) -> None
     assert "Where the classifier is unsure" not in (tmp_path / "report.md").read_text()
 
 
-@pytest.mark.parametrize("times", [(61.0,), (61.0, 62.0, 70.0), (30.0, 400.0), (0.01, 300_000.0)])
+@pytest.mark.parametrize("times", [(61.0,), (61.0, 62.0, 70.0), (30.0, 400.0), (0.01, 300_000.0), (20.0, 900_000.0)])
 def test_times_stand_on_an_axis_that_can_be_read(times: tuple[float, ...]) -> None:
     from matplotlib.figure import Figure
 

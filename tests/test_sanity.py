@@ -245,8 +245,9 @@ def test_shapley_values_by_hand() -> None:
     assert torch.allclose(sanity.shapley_values(gloves), torch.tensor([4 / 6, 1 / 6, 1 / 6]))
     alone = torch.tensor([5.0, 7, 4, 6])  # a adds 2, b takes 1, whatever is there
     assert torch.allclose(sanity.shapley_values(torch.stack([alone, 2 * alone])), torch.tensor([[2.0, -1], [4, -2]]))
-    with pytest.raises(ValueError, match="2 \\*\\* n"):
-        sanity.shapley_values(torch.zeros(6))
+    for wrong in (torch.zeros(6), torch.zeros(1), torch.zeros(0), torch.zeros(4, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="2 \\*\\* n"):
+            sanity.shapley_values(wrong)
 
 
 @given(st.lists(st.floats(-10, 10), min_size=16, max_size=16))
