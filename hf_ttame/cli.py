@@ -555,6 +555,11 @@ def _measure(
         )
         raise typer.Exit(130) from None
     if report:
+        for image in report["unreadable_images"]:
+            file = f" ({image['file']})" if image["file"] else ""
+            typer.echo(f"skipped: row {image['row']}{file} cannot be read", err=True)
+        if report["unreadable"]:
+            typer.echo(f"{report['unreadable']} pictures could not be read", err=True)
         typer.echo(
             f"wrote {output / 'report.md'}, report.json and {', '.join(report['pictures'].values()) or 'no plots'}"
         )

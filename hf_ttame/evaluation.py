@@ -36,6 +36,7 @@ from .reporting import environment, write_report
 from .saving import lock_settings
 
 SHEET_IMAGES = 6
+_NAMED = 100  # unreadable images that the report names
 _PART_SECONDS = 15  # of images that are measured, and then kept, together
 
 
@@ -181,7 +182,8 @@ def compare(
         "map_scaling": model.config.map_scaling,
         "data": " ".join(text for text in (data, plan.split, plan.where) if text),
         "images": len(targets),
-        "unreadable": scanned.unreadable,
+        "unreadable": len(scanned.unreadable),
+        "unreadable_images": [{"row": row, "file": name} for row, name in scanned.unreadable.items()][:_NAMED],
         "mosaics": len(groups_of_four),
         "settings": {**record, "dataset": data, "methods": list(plan.methods), "metrics": list(plan.metrics)},
         "limits": {

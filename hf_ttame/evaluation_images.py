@@ -1,7 +1,8 @@
 """The images of an evaluation: a stream of batches, shared among processes, and the scan that looks at each once."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -41,7 +42,7 @@ class Images:
             raise ValueError(f"the dataset has no column {self.mark!r}; its columns: {', '.join(columns)}")
         if self.mark and columns and isinstance(columns[self.mark], datasets.Image):
             self.dataset = self.dataset.cast_column(self.mark, datasets.Image(decode=False))  # one may be damaged
-        self.rows = 0  # that the last reading went over, readable or not, of all processes
+        self.unreadable: dict[int, str] = {}  # of this process: position and, where it has one, the file's name
 
     def batches(self, limit: int | None, wanted: set[int] | None = None, size: int | None = None) -> Iterator[Batch]:
         """Batches of this process among the first `limit` images; a batch without a wanted index is not decoded.
@@ -54,7 +55,6 @@ class Images:
         for index, row in enumerate(rows(self.dataset, self.column, self.plan.where)):
             if limit is not None and index >= limit:
                 break
-            self.rows = index + 1
             cells.append((index, row))
             if len(cells) == size:
                 yield from self._own(number, cells, wanted)
@@ -70,7 +70,11 @@ class Images:
             try:
                 pictures.append(decode(row[self.column]))
             except ValueError:
-                continue  # it has no row in the report, which says how many there were
+                cell = row[self.column]
+                path = cell.get("path") if isinstance(cell, dict) else cell
+                # The file's name alone: reports are published.
+                self.unreadable[index] = Path(path).name if isinstance(path, str) else ""
+                continue
             indices.append(index)
             marks.append(row[self.mark] if self.mark else None)
         if pictures:
@@ -87,7 +91,7 @@ def channels_last(pixel_values: torch.Tensor) -> torch.Tensor:
 class Scan:
     """Of n readable images: `indices` (n,) in the dataset, `targets` (n,) predicted classes, `p` (n,) their
     probability, `maps` (n, h, w) of the explainer; `tiles` (m, C, H // 2, W // 2) of the confident images `tile_rows`
-    (m,). `unreadable`: how many more there were."""
+    (m,). `unreadable`: position and file name of those that could not be read."""
 
     indices: torch.Tensor
     targets: torch.Tensor
@@ -95,7 +99,7 @@ class Scan:
     maps: torch.Tensor
     tiles: torch.Tensor
     tile_rows: torch.Tensor
-    unreadable: int = 0
+    unreadable: dict[int, str] = field(default_factory=dict)
 
     def bank(self) -> MapBank:
         """The maps by position in the dataset; unreadable pictures leave class -1, of which no map is lent."""
@@ -154,9 +158,16 @@ def scan(model: TTameModel, images: Images, plan: Plan, bar: Any = None) -> Scan
                 tiles += 1
         if bar is not None:
             bar.update(len(targets))
-    everywhere = found.gather() if images.world > 1 else found  # the sanity checks scan on one process of several
+    broken = Accumulator()
+    broken.rows = {index: {"name": name} for index, name in images.unreadable.items()}
+    everywhere = found
+    if images.world > 1:  # the sanity checks scan on one process of several
+        everywhere, broken = found.gather(), broken.gather()
     if len(everywhere) < 2:
-        raise ValueError(f"at least 2 readable images are needed, got {len(everywhere)} of {plan.dataset!r}")
+        raise ValueError(
+            f"at least 2 readable images are needed, got {len(everywhere)} of {plan.dataset!r}; "
+            f"{len(broken)} could not be read"
+        )
     keys = sorted(everywhere.rows)
     entries = [everywhere.rows[key] for key in keys]
     confident = [row for row, entry in enumerate(entries) if "tile" in entry][:room]  # of all processes, the first
@@ -169,5 +180,5 @@ def scan(model: TTameModel, images: Images, plan: Plan, bar: Any = None) -> Scan
         if confident
         else torch.zeros(0, 1, 1, 1),
         tile_rows=torch.tensor(confident, dtype=torch.long),
-        unreadable=images.rows - len(keys),
+        unreadable={index: row["name"] for index, row in sorted(broken.rows.items())},
     )

@@ -65,7 +65,7 @@ def to_markdown(report: dict[str, Any]) -> str:
         f"# {report['model']}: measured beside {len(methods) - 1} other maps",
         "",
         f"{report['images']} images of {report['data']}, predicted class, the same for all methods"
-        + (f"; {report['unreadable']} more could not be read" if report.get("unreadable") else "")
+        + (f"; {report['unreadable']} more could not be read (report.json)" if report.get("unreadable") else "")
         + (f"; {report['bad_marks']} boxes or masks could not be read" if report.get("bad_marks") else "")
         + ". n: images, of grid pointing mosaics, in the order of the columns. A row with a smaller n was measured "
         "on the first ones alone and is not to be set beside one with more. Means with 95 % bootstrap intervals, "
@@ -117,7 +117,8 @@ def to_markdown(report: dict[str, Any]) -> str:
         f"Passes of the classifier, counted by hooks. Milliseconds of one map, one picture at a time, on "
         f"{where['processor'] if where['device'] == 'cpu' else where['device']} ({threads}) in {where['precision']} "
         f"where the table names no other precision, up to {where['copies per pass']} perturbed copies per pass, "
-        "medians over the rounds; the median ratio to T-TAME's time, taken in turn, with its least and most.",
+        "medians over the rounds; the median ratio to T-TAME's time, taken in turn, with its least and most. Where a "
+        "machine had other work meanwhile, its milliseconds drift and the ratio holds.",
         "",
     ]
     if len(report.get("measured_with", ())) > 1:
@@ -133,12 +134,17 @@ def to_markdown(report: dict[str, Any]) -> str:
             "",
         ]
     if report.get("sanity"):
-        lines += ["## Sanity", "", "| check | value | must | passed |", "|---|---|---|---|"]
+        lines += ["## Sanity", "", "| check | made with | value | must | passed |", "|---|---|---|---|---|"]
         for name, check in report["sanity"].items():
             passed = {True: "yes", None: "not judged" if check["figures"] else "not made"}.get(
                 check["passed"], "**no**"
             )
-            lines.append(f"| {name} | {check['value']} | {check['must']} | {passed} |")
+            made_with = {**check.get("with", {})}
+            judge = made_with.pop("judge", None)
+            size = ", ".join(
+                [*(f"{n} {unit}" for unit, n in made_with.items()), *([f"judge {judge}"] if judge else [])]
+            )
+            lines.append(f"| {name} | {size} | {check['value']} | {check['must']} | {passed} |")
         lines += ["", *(f"- {name}: {check['note']}" for name, check in report["sanity"].items() if check.get("note"))]
         lines.append("")
     for title, file in report["pictures"].items():

@@ -252,9 +252,7 @@ def kept_checks(model: TTameModel, plan: Plan, folder: Path) -> dict[str, dict[s
     if not file.exists():
         return {}
     kept = json.loads(file.read_text())
-    wanted = _of_the_explainer(model, plan)
-    same = {name: kept["settings"].get(name) for name in wanted} == wanted
-    return dict(kept["checks"]) if same else {}
+    return dict(kept["checks"]) if kept["settings"] == _of_the_explainer(model, plan) else {}
 
 
 def run_checks(
@@ -276,12 +274,12 @@ def run_checks(
         steps: of training in (b); (d) takes 150 of its much smaller ones.
         judge: another classifier for (f), a folder or Hub id; without one (f) is not made.
         say: receives a line per check.
-        folder: keeps each check in sanity.json there; those of the same head, images and numbers are not run again,
-            but for what could not be made.
+        folder: keeps each check in sanity.json there; those of the same head and numbers are not run again, but for
+            what could not be made.
 
     Returns:
-        {check: Check as a dictionary}; one that could not be made, or on too few images, has "passed": None, and its
-        value tells why.
+        {check: Check as a dictionary, and "with", the numbers of images and steps and the judge that it hangs on}; one
+        that could not be made, or on too few images, has "passed": None, and its value tells why.
 
     Raises:
         ValueError: fewer than 1 image or step.
@@ -291,16 +289,22 @@ def run_checks(
     from dataclasses import replace
 
     plan = replace(plan, limit=images, mosaics=max(plan.most_mosaics, images // TILES))
-    settings = {
-        **_of_the_explainer(model, plan),
-        "images": images,
-        "steps": steps,
-        "judge": Path(judge).name if judge else None,
+    settings = _of_the_explainer(model, plan)
+    found = kept_checks(model, plan, folder) if folder else {}
+    sizes = {"images": images}
+    # What a check hangs on: with other numbers it is made anew, and the others stay.
+    made_with: dict[str, dict[str, Any]] = {
+        "b": {**sizes, "steps": steps},
+        "d": {},
+        "f": {**sizes, "judge": Path(judge).name if judge else None},
     }
-    found: dict[str, dict[str, Any]] = {}
-    kept = folder / FILE if folder else None
-    if kept and kept.exists() and (earlier := json.loads(kept.read_text()))["settings"] == settings:
-        found = earlier["checks"]
+
+    def kept(name: str) -> bool:
+        """Whether an earlier run made it so; one that could not be made is tried again."""
+        return bool(name in found and found[name]["figures"] and found[name]["with"] == made_with.get(name[0], sizes))
+
+    # A judge that cannot be loaded is told before the other checks.
+    other = load_backbone(judge) if judge and not kept("f: independent judge") else None
     source = Images(plan, model)
     with passes_in(model, "float32"):
         scanned = scan(model.eval(), source, plan)
@@ -320,24 +324,24 @@ def run_checks(
         ("e: held-out fills", lambda: held_out_fills(model, x, targets, trained_fill(model))),
         (
             "f: independent judge",
-            lambda: independent_judge(model, x, targets, load_backbone(judge) if judge else None),
+            lambda: independent_judge(model, x, targets, other),
         ),
         ("g: stability", lambda: stability(model, x, targets, plan.seed)),
     ]
     for name, check in checks:
-        if name in found and found[name]["figures"]:  # one that could not be made is tried again
+        if kept(name):
             say(f"{name}: kept from an earlier run")
             continue
         with passes_in(model, "float32"):
             done = check()
-        found[name] = done.to_dict()
+        found[name] = {**done.to_dict(), "with": made_with.get(name[0], sizes)}
         if done.figures:
             outcome = {True: "passed", False: "FAILED", None: "not judged"}[done.passed]
             say(f"{name}: {done.value}; {done.must}: {outcome}")
         else:
             say(f"{name}: {done.value}")
-        if kept:
-            write_whole(kept, json.dumps({"settings": settings, "checks": found}, indent=2) + "\n")
+        if folder:
+            write_whole(folder / FILE, json.dumps({"settings": settings, "checks": found}, indent=2) + "\n")
     return found
 
 

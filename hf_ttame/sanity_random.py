@@ -204,7 +204,7 @@ def fit_head(
 
 
 def too_few(mosaics: int, what: str) -> str:
-    return f"2 mosaics of four different {what} are needed, got {mosaics}; give more --sanity-images"
+    return f"2 mosaics of four different {what} are needed, got {mosaics}; give more photographs (--sanity-images)"
 
 
 def pointing_per_tile(

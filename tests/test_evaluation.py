@@ -540,13 +540,15 @@ def test_unreadable_pictures_are_left_out_and_two_are_needed(
         progress=False,
     )
     assert (report["images"], report["unreadable"]) == (3, 1)
+    assert [image["file"] for image in report["unreadable_images"]] == ["broken.jpg"]
+    assert str(tmp_path) not in (tmp_path / "out" / "report.json").read_text()
     assert (
         "3 images of a local folder validation, predicted class, the same for all methods; 1 more could not"
         in (tmp_path / "out" / "report.md").read_text()
     )
     for number in (1, 2):
         (folder / f"{number}.png").unlink()
-    with pytest.raises(ValueError, match="at least 2 readable images"):
+    with pytest.raises(ValueError, match=r"at least 2 readable images are needed, got 1 of .*; 1 could not be read"):
         compare(model, Plan(str(folder), methods=("ones",)), tmp_path / "other", progress=False)
 
 

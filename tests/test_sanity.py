@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -131,7 +132,7 @@ def test_few_images_are_not_judged(check: Callable[[int], sanity.Check], fewest:
     assert check(fewest).passed is True
     few = check(fewest - 1)
     assert few.passed is None
-    assert few.value.startswith(f"too few to judge, {fewest - 1} of {fewest}: ")
+    assert re.match(f"too few to judge, {fewest - 1} of {fewest} (images|mosaics[a-z ]*): ", few.value)
     assert few.figures
     assert few.must == check(fewest).must
 
@@ -541,7 +542,7 @@ def test_all_checks_on_a_dataset(
     plan = Plan(str(tmp_path), mosaics=2)
     found = checks.run_checks(model, plan, images=4, steps=2, say=said.append)
     assert [name[0] for name in found] == list("abccdefg")
-    assert all({"value", "must", "passed", "figures"} == entry.keys() for entry in found.values())
+    assert all({"value", "must", "passed", "figures", "with"} == entry.keys() for entry in found.values())
     left_out = {name for name, entry in found.items() if not entry["figures"]}
     assert all(entry["passed"] is None for name, entry in found.items() if name[0] != "d")  # four images
     assert left_out == {"b: head retrained on a random backbone", "c: class on mosaics", "f: independent judge"}
@@ -604,11 +605,32 @@ def test_checks_that_were_made_are_kept(
     assert done.returncode == 0, done.stderr
     again = json.loads((output / "report.json").read_text())["sanity"]
     assert again == report["sanity"]
+    # Another number concerns only the checks that hang on it, and a judge that is none is told before all of them.
+    done = ttame(*command, "--sanity-steps", 3)
+    remade = [name for name in report["sanity"] if f"{name}: kept from an earlier run" not in done.stdout]
+    assert remade == sorted(not_made)  # (b) was not made before
+    page = (output / "report.md").read_text()
+    assert "| b: head retrained on a random backbone | 4 images, 3 steps | not made: " in page
+    assert "| g: stability | 4 images | " in page
+    assert "| d: planted watermark |  | " in page
+    wrong = ttame(*command, "--judge", tmp_path / "nothing")
+    assert (wrong.returncode, wrong.stdout) == (1, "")
+    wrong = ttame(*command, "--judge", pictures)  # it is there, and no classifier
+    assert (wrong.returncode, wrong.stdout) == (1, "")
+    done = ttame(*command, "--judge", vit_folder)
+    assert done.returncode == 0, done.stderr
+    assert (
+        f"| f: independent judge | 4 images, judge {vit_folder.name} | too few to judge, 4 of 20 images: "
+        in (output / "report.md").read_text()
+    )
+    assert "d: planted watermark: kept from an earlier run" in done.stdout
+    done = ttame(*command, "--judge", vit_folder, "--sanity-images", 3)
+    kept_ones = [name for name in report["sanity"] if f"{name}: kept from an earlier run" in done.stdout]
+    assert kept_ones == ["d: planted watermark"]  # of classifiers of its own
     kept = json.loads((output / "sanity.json").read_text())
     kept["settings"]["experiments"] -= 1  # made when the checks were others
     (output / "sanity.json").write_text(json.dumps(kept))
     assert "kept from an earlier run" not in ttame(*command).stdout
-    ttame(*command, "--sanity-steps", 3)  # another experiment
     assert json.loads((output / "sanity.json").read_text())["checks"]["d: planted watermark"]["value"].startswith("10")
 
 

@@ -79,11 +79,11 @@ def not_made(must: str, why: str) -> Check:
     return Check(f"not made: {why}", must, None)
 
 
-def _judged(check: Check, n: int, fewest: int) -> Check:
+def _judged(check: Check, n: int, fewest: int, what: str = "images") -> Check:
     """The check, or, on fewer images (or mosaics) than say anything, the same figures neither passed nor failed."""
     if n >= fewest:
         return check
-    return Check(f"too few to judge, {n} of {fewest}: {check.value}", check.must, None, check.figures)
+    return Check(f"too few to judge, {n} of {fewest} {what}: {check.value}", check.must, None, check.figures)
 
 
 def ranks(values: torch.Tensor) -> torch.Tensor:
@@ -182,14 +182,14 @@ def check_no_prior(
             "the quarter adds": control._asdict(),
         },
     )
-    return _judged(check, found.n // backbones, FEWEST)
+    return _judged(check, found.n // backbones, FEWEST, "mosaics of each classifier")
 
 
 def check_class_on_mosaics(grid_pointing: np.ndarray) -> Check:
     """(c) Grid pointing in percent, per mosaic, of the explainer."""
     found = mean_interval(grid_pointing)
     check = Check(_text(found), ON_MOSAICS_MUST, found.low > CHANCE_GRID_POINTING, found._asdict())
-    return _judged(check, found.n, FEWEST_ONE_SIDED)
+    return _judged(check, found.n, FEWEST_ONE_SIDED, "mosaics")
 
 
 def check_other_class(gain: np.ndarray) -> Check:
