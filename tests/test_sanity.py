@@ -624,6 +624,9 @@ def test_checks_that_were_made_are_kept(
         in (output / "report.md").read_text()
     )
     assert "d: planted watermark: kept from an earlier run" in done.stdout
+    judged = json.loads((output / "report.json").read_text())["sanity"]["f: independent judge"]
+    assert "f: independent judge: not made: no --judge given" in ttame(*command).stdout
+    assert json.loads((output / "report.json").read_text())["sanity"]["f: independent judge"] == judged
     done = ttame(*command, "--judge", vit_folder, "--sanity-images", 3)
     kept_ones = [name for name in report["sanity"] if f"{name}: kept from an earlier run" in done.stdout]
     assert kept_ones == ["d: planted watermark"]  # of classifiers of its own
