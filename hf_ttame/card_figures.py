@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult
 
 from .card_text import NOT_MEASURED, NOT_RECORDED, escape, number, plain, visible, without_secrets
 from .measures import MEASURES, verdict_table
+from .metrics.sanity import size_text
 from .saving import is_hub_id
 
 _GROUPS = {  # what can be measured: how the names of its measures begin
@@ -103,6 +104,9 @@ def figures(own: Mapping[str, Any], report: Any, further: Sequence[Any] = ()) ->
         lines += ["", "Sanity checks:", ""]
         for name, check in report["sanity"].items():
             must, value = escape(check.get("must", NOT_RECORDED)), escape(check.get("value", NOT_MEASURED))
+            made_with = check.get("with")
+            size = escape(size_text(made_with)) if isinstance(made_with, Mapping) else ""
+            value += f" ({size})" if size else ""
             if "passed" in check and check["passed"] is None:  # the value says why
                 lines.append(f"- {escape(name)}: {value}")
                 continue

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import PureWindowsPath
 from typing import Any
 
 import datasets
@@ -72,8 +72,8 @@ class Images:
             except ValueError:
                 cell = row[self.column]
                 path = cell.get("path") if isinstance(cell, dict) else cell
-                # The file's name alone: reports are published.
-                self.unreadable[index] = Path(path).name if isinstance(path, str) else ""
+                # The file's name alone, of either kind of path: reports are published.
+                self.unreadable[index] = PureWindowsPath(path).name if isinstance(path, str) else ""
                 continue
             indices.append(index)
             marks.append(row[self.mark] if self.mark else None)

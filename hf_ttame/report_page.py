@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .measures import FAITHFULNESS, FEWEST, ORDERS, PLACES, Measure, verdict_table
+from .metrics.sanity import size_text
 
 
 def markdown_table(
@@ -139,11 +140,7 @@ def to_markdown(report: dict[str, Any]) -> str:
             passed = {True: "yes", None: "not judged" if check["figures"] else "not made"}.get(
                 check["passed"], "**no**"
             )
-            made_with = {**check.get("with", {})}
-            judge = made_with.pop("judge", None)
-            size = ", ".join(
-                [*(f"{n} {unit}" for unit, n in made_with.items()), *([f"judge {judge}"] if judge else [])]
-            )
+            size = size_text(check.get("with", {}))
             lines.append(f"| {name} | {size} | {check['value']} | {check['must']} | {passed} |")
         lines += ["", *(f"- {name}: {check['note']}" for name, check in report["sanity"].items() if check.get("note"))]
         lines.append("")

@@ -296,12 +296,14 @@ def run_checks(
     made_with: dict[str, dict[str, Any]] = {
         "b": {**sizes, "steps": steps},
         "d": {},
-        "f": {**sizes, "judge": Path(judge).name if judge else None},
+        "f": {**sizes, "judge": Path(judge).resolve().name if judge and Path(judge).exists() else judge},
     }
 
     def kept(name: str) -> bool:
         """Whether an earlier run made it so; one that could not be made is tried again."""
-        return bool(name in found and found[name]["figures"] and found[name]["with"] == made_with.get(name[0], sizes))
+        return bool(
+            name in found and found[name]["figures"] and found[name].get("with") == made_with.get(name[0], sizes)
+        )
 
     # A judge that cannot be loaded is told before the other checks.
     other = load_backbone(judge) if judge and not kept("f: independent judge") else None
@@ -340,7 +342,7 @@ def run_checks(
             outcome = {True: "passed", False: "FAILED", None: "not judged"}[done.passed]
             say(f"{name}: {done.value}; {done.must}: {outcome}")
         else:
-            say(f"{name}: {done.value}")
+            say(f"{name}: {done.value}" + ("; the earlier result stays" if found[name]["figures"] else ""))
         if folder:
             write_whole(folder / FILE, json.dumps({"settings": settings, "checks": found}, indent=2) + "\n")
     return found

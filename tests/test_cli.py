@@ -5,6 +5,7 @@ Most tests call it in this process; those of the start, of the exit and of what 
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -288,6 +289,9 @@ def test_evaluate_reports_on_one_explainer(
     assert "report.md" in done.stdout
     assert json.loads((tmp_path / "report" / "settings.json").read_text())["settings"]["seed"] == 1
     assert "| ttame |" in (tmp_path / "report" / "report.md").read_text()
+    (folder / "broken.jpg").write_bytes(b"nothing")
+    done = ttame("evaluate", explainer, "--dataset", folder, "--output", tmp_path / "b", "--metrics", "confidence")
+    assert re.search(r"skipped: row \d \(broken.jpg\) cannot be read\n1 pictures could not be read", done.stderr)
     wrong = ttame(*common, "--metrics", "speed")
     assert wrong.returncode == 1
     assert (

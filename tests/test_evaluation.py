@@ -552,6 +552,20 @@ def test_unreadable_pictures_are_left_out_and_two_are_needed(
         compare(model, Plan(str(folder), methods=("ones",)), tmp_path / "other", progress=False)
 
 
+@pytest.mark.parametrize("path", ["wards\\west\\b.jpg", "wards/west/b.jpg", "b.jpg", None])
+def test_of_an_unreadable_picture_the_file_s_name_alone_is_kept(
+    path: str | None, model: TTameModel, photo: Callable[..., Image.Image], tmp_path: Path
+) -> None:
+    cells = [{"bytes": save(photo(seed=n)), "path": None} for n in range(2)] + [{"bytes": b"nothing", "path": path}]
+    table = datasets.Dataset.from_dict({"image": cells}, features=datasets.Features({"image": datasets.Image()}))
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    table.to_parquet(str(folder / "validation-0.parquet"))
+    images = Images(Plan(str(folder), batch_size=2), model)
+    assert [batch.indices.tolist() for batch in images.batches(None)] == [[0, 1]]
+    assert images.unreadable == {2: "b.jpg" if path else ""}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

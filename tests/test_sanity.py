@@ -589,7 +589,7 @@ def test_checks_that_were_made_are_kept(
     assert "| not made: no --judge given |" in line
     assert line.endswith("| not made |")
     card = figures({}, normalised(report))
-    assert "- f: independent judge: not made: no --judge given" in card.splitlines()
+    assert "- f: independent judge: not made: no --judge given (4 images)" in card.splitlines()
     assert card.count("**not passed**") == sum(check["passed"] is False for check in report["sanity"].values())
     assert f"- d: planted watermark: {sanity.NOTES['d']}" in lines
     assert sanity.NOTES["d"][:40] in card
@@ -625,7 +625,7 @@ def test_checks_that_were_made_are_kept(
     )
     assert "d: planted watermark: kept from an earlier run" in done.stdout
     judged = json.loads((output / "report.json").read_text())["sanity"]["f: independent judge"]
-    assert "f: independent judge: not made: no --judge given" in ttame(*command).stdout
+    assert "f: independent judge: not made: no --judge given; the earlier result stays" in ttame(*command).stdout
     assert json.loads((output / "report.json").read_text())["sanity"]["f: independent judge"] == judged
     done = ttame(*command, "--judge", vit_folder, "--sanity-images", 3)
     kept_ones = [name for name in report["sanity"] if f"{name}: kept from an earlier run" in done.stdout]

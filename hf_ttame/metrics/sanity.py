@@ -17,7 +17,7 @@ numbers and pure functions.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -77,6 +77,12 @@ class Check:
 def not_made(must: str, why: str) -> Check:
     """A check that nothing allows to make here; it stands in the report, neither passed nor failed."""
     return Check(f"not made: {why}", must, None)
+
+
+def size_text(made_with: Mapping[str, Any]) -> str:
+    """What a check was made with, in words: {"images": 100, "steps": 300} is "100 images, 300 steps"."""
+    sizes = [f"{value} {name}" for name, value in made_with.items() if name != "judge"]
+    return ", ".join([*sizes, *([f"judge {made_with['judge']}"] if made_with.get("judge") else [])])
 
 
 def _judged(check: Check, n: int, fewest: int, what: str = "images") -> Check:
