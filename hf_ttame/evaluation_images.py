@@ -15,7 +15,7 @@ from .image_processing import preprocess
 from .metrics import Accumulator, class_probability
 from .metrics.localization import TILES, half_size
 from .modeling_ttame import TTameModel
-from .pictures import decode, image_column, open_stream, rows
+from .pictures import decode, image_column, open_stream, path_of, rows
 
 
 @dataclass
@@ -70,10 +70,8 @@ class Images:
             try:
                 pictures.append(decode(row[self.column]))
             except ValueError:
-                cell = row[self.column]
-                path = cell.get("path") if isinstance(cell, dict) else cell
                 # The file's name alone, of either kind of path: reports are published.
-                self.unreadable[index] = PureWindowsPath(path).name if isinstance(path, str) else ""
+                self.unreadable[index] = PureWindowsPath(path_of(row[self.column]) or "").name
                 continue
             indices.append(index)
             marks.append(row[self.mark] if self.mark else None)

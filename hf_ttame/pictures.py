@@ -186,6 +186,12 @@ def bytes_or_path(cell: Any) -> Any:
     return cell
 
 
+def path_of(cell: Any) -> str | None:
+    """The path in an undecoded cell, a path or {"bytes", "path"}; None where it has none."""
+    path = cell.get("path") if isinstance(cell, dict) else cell
+    return path if isinstance(path, str) else None
+
+
 def decode(value: Any, side: int | None = None) -> Image.Image:
     """RGB picture of an undecoded cell: a path, bytes, {"bytes", "path"} or a picture.
 

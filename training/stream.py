@@ -33,7 +33,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from hf_ttame.disk import full_disk
-from hf_ttame.pictures import DATA_ERRORS, decode, undecoded
+from hf_ttame.pictures import DATA_ERRORS, decode, path_of, undecoded
 
 from .data import augment
 
@@ -203,8 +203,7 @@ class TrainingStream(IterableDataset):
 
 
 def _name(cell: Any, shard: int, row: int) -> str:
-    path = cell.get("path") if isinstance(cell, dict) else cell if isinstance(cell, str) else None
-    return f"{path or 'picture'} (shard {shard}, row {row})"
+    return f"{path_of(cell) or 'picture'} (shard {shard}, row {row})"
 
 
 def collate(views: list[dict[str, Any]]) -> dict[str, Any]:
